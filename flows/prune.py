@@ -1,0 +1,136 @@
+"""One run: the plan of a recipe, walked by Prefect's tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from httpx import HTTPError
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+from prune_jax.flows.tasks import delays, stage
+
+from prune_jax.checkpoints import Store
+from prune_jax.errors import PruneError
+from prune_jax.preparation import check_networks, is_cached, prepare
+from prune_jax.recipe import Recipe, Ref, StageCall, StageResult
+from prune_jax.records import Run
+from prune_jax.report.tables import results_markdown, results_table
+from prune_jax.walk import failure, walk
+
+THREADS = 8  # the walk says how many stages are at work; here is room for all that it may say
+
+
+def _run_name() -> str:
+    given = flow_run.parameters
+    recipe = Recipe.model_validate(given["recipe"])
+    return f"{given.get('name') or recipe.name} · seed {recipe.seed}"
+
+
+@flow(
+    name="prune",
+    flow_run_name=_run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=THREADS),
+    persist_result=False,
+)
+def prune(recipe: Recipe, store: str = "artifacts", name: str | None = None, side_by_side: int | None = None) -> State:
+    """Trains, scores, masks, fine-tunes and evaluates as the recipe says.
+
+    Args:
+        recipe: what is wanted.
+        store: the folder or URL in which artifacts and run records lie.
+        name: the run's name; left out, the recipe's.
+        side_by_side: stages at a time; left out, as many as the machine is good for.
+    """
+    artifacts = Store(store)
+    plan = prepare(recipe)
+    if not is_cached(plan, artifacts):
+        check_networks(plan)
+    run = Run(plan, artifacts, name or recipe.name)
+    futures: dict[Ref, PrefectFuture[StageResult]] = {}
+    tag = jax.default_backend()
+
+    def submit(call: StageCall, done: Callable[[StageResult], None]) -> None:
+        run.begin(call)
+        future = stage.with_options(
+            name=call.kind,
+            tags={call.kind, tag},
+            retries=call.operation.retries,
+            retry_delay_seconds=delays(call.operation.retries),
+            timeout_seconds=call.operation.timeout_seconds,
+        ).submit(call, store, wait_for=[futures[ref] for ref in call.inputs.values() if ref in futures])
+        futures[call.ref] = future
+        future.add_done_callback(lambda future: finish(call, _result(call, future), done))
+
+    def finish(call: StageCall, result: StageResult, done: Callable[[StageResult], None]) -> None:
+        run.end(call, result)
+        done(result)
+
+    record = run.finish(walk(plan, artifacts, submit, side_by_side=side_by_side or _side_by_side()))
+    try:
+        _show(record)
+    except HTTPError as error:  # the work is done and recorded; a server that is away does not undo it
+        get_run_logger().warning("the run's table could not be shown in the UI: %s", error)
+    if record["status"] == "failed":
+        return Failed(message=record["message"])
+    return Completed(message=record["message"])
+
+
+def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None = None) -> dict[str, Any]:
+    """Runs the flow in this process and answers the run record.
+
+    Args:
+        recipe: what is wanted.
+        store: where artifacts and records lie.
+        name: the run's name.
+        side_by_side: stages at a time; left out, as many as the machine is good for.
+
+    Raises:
+        UserMistake: the recipe is wrong.
+        PruneError: the run ended without a record.
+    """
+    begun = time.time()
+    state = prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True)
+    record = Store(store).record_path(name)
+    if not record.exists() or record.stat().mtime < begun - 1:
+        state.result()  # raises what kept the run from ending
+        raise PruneError(f"Prefect ended the run as {state.name}: {state.message}")
+    return Store(store).record(name)
+
+
+def _side_by_side() -> int:
+    """Two stages at a time on one device: they share XLA's threads, so more would only wait for each other.
+
+    One at a time on several: programs that span devices and are started side by side may wait for each other for ever.
+    """
+    return 2 if jax.device_count() == 1 else 1
+
+
+def _result(call: StageCall, future: PrefectFuture[StageResult]) -> StageResult:
+    try:
+        return future.result()
+    except BaseException as error:  # whatever it was, the walk must hear of it
+        return failure(call, error)
+
+
+def _show(record: dict[str, Any]) -> None:
+    """The run's table and its Markdown, in the UI."""
+    key = "".join(c if c.isalnum() else "-" for c in record["name"].lower()).strip("-") or "run"
+    if record["results"]:
+        create_table_artifact(key=f"{key}-results", table=_rows(record), description=record["message"])
+    create_markdown_artifact(key=f"{key}-summary", markdown=results_markdown(record), description=record["message"])
+
+
+def _rows(record: dict[str, Any]) -> list[dict[str, str]]:
+    table = results_table(record)
+    return [
+        {"network": name, **{q: cell.text for q, cell in zip(table.quantities, column, strict=True)}}
+        for name, column in zip(table.networks, table.columns, strict=True)
+    ]

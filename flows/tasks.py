@@ -1,0 +1,74 @@
+"""One task for all kinds of stage: a call goes in, a result comes out, and the store holds the arrays."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from uuid import UUID
+
+from prefect import task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.states import State
+
+from prune_jax.checkpoints import Store
+from prune_jax.errors import PruneError
+from prune_jax.progress import Progress, Report, listeners
+from prune_jax.recipe import StageCall, StageResult
+from prune_jax.stages import run_stage
+
+RETRY_DELAYS = [5, 30, 120]  # seconds; the last for all further tries
+
+
+def worth_retrying(task: Any, task_run: Any, state: State) -> bool:
+    """Whether trying again may help: after a fault, not after a mistake or a result that would come again."""
+    try:
+        state.result()
+    except PruneError:
+        return False
+    except Exception:
+        return True
+    return True
+
+
+def delays(retries: int) -> list[int]:
+    """The waits before each further try."""
+    return (RETRY_DELAYS + RETRY_DELAYS[-1:] * retries)[:retries]
+
+
+@task(name="stage", task_run_name="{call.label}", cache_policy=NO_CACHE, retry_condition_fn=worth_retrying)
+def stage(call: StageCall, store: str) -> StageResult:
+    """Carries out one stage; returns at once when its artifact is already in the store."""
+    result = run_stage(call, Store(store), report=_to_all(listeners.get().progress, _progress_artifact()))
+    get_run_logger().info("%s %s in %.1f s: %s/%s", call.name, result.status, result.seconds, result.kind, result.key)
+    return result
+
+
+def _to_all(*reports: Report) -> Report:
+    def report(progress: Progress) -> None:
+        for each in reports:
+            each(progress)
+
+    return report
+
+
+def _progress_artifact() -> Report:
+    """A progress bar in the UI for stages of more than a second, moved at most once a second."""
+    artifact: UUID | None = None
+    last = time.perf_counter()
+
+    def report(progress: Progress) -> None:
+        nonlocal artifact, last
+        now = time.perf_counter()
+        finished = progress.done >= progress.total
+        if now - last < 1 and not (finished and artifact):
+            return
+        last = now
+        percent = 100 * progress.done / max(progress.total, 1)
+        if artifact is None:
+            artifact = create_progress_artifact(progress=percent, description=progress.label)  # type: ignore[assignment]
+        else:
+            update_progress_artifact(artifact_id=artifact, progress=percent)
+
+    return report

@@ -1,0 +1,40 @@
+"""prune_jax: makes a JAX network as small and fast as it can be without losing what it knows.
+
+Names are imported when they are used: `import prune_jax` costs nothing beyond itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prune_jax.costs import Cost, cost
+    from prune_jax.launch import run
+    from prune_jax.masks import apply_masks
+    from prune_jax.scoring import mask, score
+    from prune_jax.sparse_training import masked
+
+_HOME = {
+    "Cost": "prune_jax.costs",
+    "apply_masks": "prune_jax.masks",
+    "cost": "prune_jax.costs",
+    "mask": "prune_jax.scoring",
+    "masked": "prune_jax.sparse_training",
+    "run": "prune_jax.launch",
+    "score": "prune_jax.scoring",
+}
+
+__all__ = ["Cost", "apply_masks", "cost", "mask", "masked", "run", "score"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'prune_jax' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = found  # a submodule of the same name would hide it: `prune_jax.costs`
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,65 @@
+"""What there is to choose from, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from prune_jax.criteria import CRITERIA
+
+SCOPES = {
+    "global": ("all layers compete", ""),
+    "layer": ("each layer loses the same share", ""),
+    "erk": ("density of a layer ∝ sum(shape) / prod(shape)", "Evci et al. 2020, arXiv:1911.11134"),
+    "{pattern: sparsity}": ("each layer has its own sparsity; first pattern that fits", ""),
+}
+TARGETS = {
+    "sparsity": "fraction pruned, in [0, 1)",
+    "keep": "so many survive: the projection min ||W - W'||² s.t. ||W'||₀ <= k when the criterion is magnitude",
+    "threshold": "scores below it die",
+    "statistic": "scores below their mean or median die",
+    "percentile": "scores below this percentile die",
+}
+SCHEDULES = {
+    "one_shot": ("all at once", ""),
+    "iterative, geometric": (
+        "s_r = 1 - (1 - s)^(r/R): each round prunes the same share of the living",
+        "Frankle & Carbin 2019, arXiv:1803.03635",
+    ),
+    "iterative, cubic": ("s_r = s (1 - (1 - r/R)³)", "Zhu & Gupta 2017, arXiv:1710.01878"),
+}
+GRANULARITIES = {
+    "weight": "each weight by itself",
+    "neuron": "the incoming weights of a unit, and its bias",
+}
+
+
+def methods_tables() -> Iterator[Table]:
+    """One table each for criteria, granularities, scopes, targets and schedules."""
+    table = _table("criterion", "score (the lowest dies first)", "needs", "granularity", "paper")
+    for name in CRITERIA:
+        entry = CRITERIA[name]
+        needs = ", ".join(sorted(entry.needs)) or "nothing"
+        table.add_row(name, entry.formula, needs, ", ".join(entry.granularities), entry.paper)
+    yield table
+    table = _table("granularity", "what dies together")
+    for name, meaning in GRANULARITIES.items():
+        table.add_row(name, meaning)
+    yield table
+    table = _table("scope", "within which set scores compete", "paper")
+    for name, (meaning, paper) in SCOPES.items():
+        table.add_row(name, meaning, paper)
+    yield table
+    table = _table("target", "how many die")
+    for name, meaning in TARGETS.items():
+        table.add_row(name, meaning)
+    yield table
+    table = _table("schedule", "sparsity of round r of R", "paper")
+    for name, (formula, paper) in SCHEDULES.items():
+        table.add_row(name, formula, paper)
+    yield table
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 1, 0))

@@ -1,0 +1,285 @@
+"""The store: `STORE/<kind>/<key>/` holds what one stage made, and nothing pickled.
+
+An artifact is written aside and appears by one rename, `meta.json` in it; a folder without one is unfinished. The one
+room that knows Orbax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from prune_jax.errors import DamagedArtifactError, UserMistake, did_you_mean
+from prune_jax.recipe import Ref
+from prune_jax.trees import nest
+
+ARRAYS = "arrays"
+META = "meta.json"
+# Orbax numbers its operations for the whole process: saves side by side would take each other's temporary folders.
+ORBAX = threading.Lock()
+PACKAGES = ("prune-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "prefect", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+class Store:
+    """Artifacts and run records below a folder or any URL that `etils.epath` can write."""
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self.root = epath.Path(root)
+
+    @property
+    def local(self) -> bool:
+        """Whether the store lies on a file system of this machine."""
+        return "://" not in str(self.root)
+
+    def path(self, ref: Ref) -> epath.Path:
+        """The folder of an artifact."""
+        return self.root / ref.kind / ref.key
+
+    def work(self, ref: Ref) -> epath.Path:
+        """The folder in which a stage keeps its step checkpoints until it is done."""
+        return self.root / ref.kind / f"{ref.key}.work"
+
+    def meta(self, ref: Ref) -> dict[str, Any] | None:
+        """What is known of a finished artifact; `None` if there is none."""
+        try:
+            text = (self.path(ref) / META).read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return {"files": {META: "not JSON"}}
+
+    def damage(self, ref: Ref) -> str | None:
+        """Says what is wrong with a finished artifact: a file that is missing or whose digest differs."""
+        meta = self.meta(ref)
+        if meta is None:
+            return None
+        for name, expected in meta["files"].items():
+            file = self.path(ref) / name
+            if not file.exists():
+                return f"{file} is missing"
+            if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+                return f"{file} is not the file that was written (its sha256 differs from {META})"
+        return None
+
+    def intact(self, ref: Ref) -> bool:
+        """Whether the artifact is finished and every file of it is the one that was written."""
+        return self.meta(ref) is not None and self.damage(ref) is None
+
+    def read(self, ref: Ref) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arrays (numpy, nested dicts) and meta of an artifact.
+
+        Raises:
+            DamagedArtifactError: it is missing, or a file of it is not the one that was written.
+        """
+        import orbax.checkpoint as ocp
+
+        meta, damage = self.meta(ref), self.damage(ref)
+        if meta is None or damage:
+            raise DamagedArtifactError(
+                f"{ref.kind}/{ref.key}: {damage or 'not in the store'}. Run the recipe again: it will be made anew."
+            )
+        target = nest({p: np.empty(shape, dtype) for p, (shape, dtype) in meta["arrays"].items()})
+        if not target:
+            return {}, meta
+        with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(self.path(ref) / ARRAYS, args=ocp.args.StandardRestore(target)), meta
+
+    def write(self, ref: Ref, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Publishes an artifact by one rename and answers its meta; what is already there stays.
+
+        Args:
+            ref: its name.
+            arrays: nested dicts of arrays.
+            meta: facts that JSON can hold; digests, versions and the shapes of the arrays are added.
+        """
+        import orbax.checkpoint as ocp
+
+        final = self.path(ref)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        aside = final.parent / f".{ref.key}.{uuid.uuid4().hex[:8]}.tmp"
+        aside.mkdir()
+        flat = {p: np.asarray(a) for p, a in _flatten(arrays).items()}
+        if flat:
+            with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(aside / ARRAYS, args=ocp.args.StandardSave(nest(flat)))
+        full = {
+            "kind": ref.kind,
+            "key": ref.key,
+            **meta,
+            "arrays": {p: [list(a.shape), a.dtype.name] for p, a in flat.items()},
+            "versions": versions(),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "files": {
+                str(f.relative_to(aside)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(_files(aside))
+            },
+        }
+        (aside / META).write_text(json.dumps(full, indent=1, allow_nan=False))
+        if self.local:
+            _sync(Path(aside))
+        if self.meta(ref) is not None:
+            if self.intact(ref):  # somebody else was quicker
+                aside.rmtree()
+                return self.meta(ref) or full
+            self.set_aside(ref)
+        aside.rename(final)
+        self.clear_work(ref)
+        return full
+
+    def set_aside(self, ref: Ref) -> epath.Path:
+        """Moves a damaged artifact out of the way; nothing is deleted."""
+        moved = self.path(ref).parent / f"{ref.key}.damaged-{uuid.uuid4().hex[:8]}"
+        self.path(ref).rename(moved)
+        return moved
+
+    def clear_work(self, ref: Ref) -> None:
+        """Removes the step checkpoints of a finished stage."""
+        if self.work(ref).exists():
+            self.work(ref).rmtree()
+
+    @contextlib.contextmanager
+    def lock(self, ref: Ref) -> Iterator[None]:
+        """Holds the artifact's lock: a second run waits and then finds the first one's result.
+
+        The kernel lets go of it with the process, so a killed run leaves nothing locked. Remote stores have none; there
+        the same artifact may be made twice and the first one stays.
+        """
+        if not self.local:
+            yield
+            return
+        import fcntl
+
+        folder = Path(self.root) / ref.kind
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f".{ref.key}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def steps(self, ref: Ref) -> Steps:
+        """The step checkpoints of a stage at work."""
+        return Steps(self.work(ref))
+
+    # Run records
+
+    def record_path(self, name: str) -> epath.Path:
+        """Where the record of a run lies."""
+        return self.root / "runs" / name / "run.json"
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The record of a run."""
+        path = self.record_path(name)
+        if not path.exists():
+            known = self.runs()
+            raise UserMistake(
+                f"no run {name!r} in {self.root}{did_you_mean(name, known)} (runs: {', '.join(known) or 'none'})"
+            )
+        return json.loads(path.read_text())
+
+    def runs(self) -> list[str]:
+        """The names of all runs, the latest last."""
+        folder = self.root / "runs"
+        if not folder.exists():
+            return []
+        records = [p / "run.json" for p in folder.iterdir() if (p / "run.json").exists()]
+        return [r.parent.name for r in sorted(records, key=lambda r: (r.stat().mtime, r.parent.name))]
+
+    def write_record(self, record: Mapping[str, Any]) -> epath.Path:
+        """Writes a run's record by one rename; the record of an earlier run of that name moves to `history/`."""
+        path = self.record_path(record["name"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            earlier = json.loads(path.read_text())
+            if earlier.get("started") != record.get("started"):
+                history = path.parent / "history"
+                history.mkdir(parents=True, exist_ok=True)
+                path.copy(history / f"{str(earlier.get('started', 'unknown')).replace(':', '')}.json", overwrite=True)
+        aside = path.parent / f".run.{uuid.uuid4().hex[:8]}.tmp"
+        aside.write_text(json.dumps(record, indent=1, allow_nan=False))
+        aside.replace(path)
+        return path
+
+
+class Steps:
+    """Step checkpoints of one stage at work, kept by Orbax's manager; a killed stage goes on from the last."""
+
+    def __init__(self, folder: epath.Path, *, keep: int = 2):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(
+            folder.resolve() if "://" not in str(folder) else folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, create=True, enable_async_checkpointing=False
+            ),
+        )
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest(self, like: Any) -> tuple[int, Any] | None:
+        """The last complete step and its tree, shaped like `like` (arrays or shapes); `None` if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        with ORBAX:
+            return step, self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+
+    def save(self, step: int, tree: Any) -> None:
+        """Saves a step; one that is already there stays."""
+        with ORBAX:
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=self._ocp.args.StandardSave(tree))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, branch in tree.items():
+        if isinstance(branch, Mapping):
+            flat |= _flatten(branch, f"{prefix}{name}/")
+        elif branch is not None:
+            flat[f"{prefix}{name}"] = branch
+    return flat
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry
+
+
+def _sync(folder: Path) -> None:
+    """Has the kernel write the folder to disk, so that the rename never comes before the content."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,250 @@
+"""The command `prune-jax`: thin over the package, whose rooms are imported inside the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from prune_jax.errors import PruneError, UserMistake
+
+app = typer.Typer(
+    name="prune-jax",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Makes a JAX network as small and fast as it can be without losing what it knows.\n\n"
+    "[bold]prune-jax run lenet-300-100[/]  trains, prunes and evaluates a network on MNIST digits.",
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A YAML file or the name of a built-in recipe.", show_default=False)
+]
+StoreOption = Annotated[str, typer.Option(help="Folder or URL of artifacts and run records.", envvar="PRUNE_JAX_STORE")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Sets a field of the recipe; repeat it for several.", show_default=False
+    ),
+]
+RunArgument = Annotated[str, typer.Argument(help="Name of a run, as `prune-jax runs` lists it.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout; everything else goes to stderr.")]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  prune-jax run lenet-300-100\n\n"
+    "  prune-jax run lenet-300-100 --set stages.prune.criterion=magnitude --name by-magnitude\n\n"
+    "  prune-jax run my.yaml --store gs://bucket/artifacts --json > run.json"
+)
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    store: StoreOption = "artifacts",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; left out, the recipe's.", show_default=False)
+    ] = None,
+    runner: Annotated[
+        str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
+    ] = "threads",
+    as_json: JsonOption = False,
+) -> None:
+    """Runs a recipe through Prefect; what is already in the store is not computed again."""
+    _quiet()
+    from rich.console import Console
+
+    from prune_jax.console import Board
+    from prune_jax.launch import run as launch
+    from prune_jax.progress import Listeners, listeners
+    from prune_jax.report.tables import results_rich
+
+    console = Console(stderr=as_json)
+    with Board(console) as board:
+        board.waiting("checking the recipe, starting Prefect")
+        listeners.set(Listeners(board.hear, board.finished))
+        record = launch(recipe, store=store, name=name, changes=set_ or (), runner=runner)
+    if record["results"]:
+        console.print(results_rich(record))
+    _close(console, record, store)
+    if as_json:
+        sys.stdout.write(json.dumps(record, indent=1) + "\n")
+    if record["status"] == "failed":
+        raise typer.Exit(2 if record["user_mistake"] else 1)
+
+
+def _close(console: Any, record: dict[str, Any], store: str) -> None:
+    path = os.path.join(store, "runs", record["name"], "run.json")
+    if record["status"] == "failed":
+        console.print(f"[red]failed[/]: {_escaped(record['message'])}")
+        done = sum(stage["status"] in {"ran", "cached"} for stage in record["stages"].values())
+        console.print(
+            f"{done} of {len(record['stages'])} stages are done and kept: mend it and give the same command to go on.",
+            highlight=False,
+        )
+    else:
+        console.print(f"[bold]{_escaped(record['message'])}[/] in {record['seconds']:.1f} s", highlight=False)
+    console.print(f"[dim]record: {path}[/]", highlight=False, soft_wrap=True)
+    console.print(
+        f"[dim]report: prune-jax report {record['name']}{_store_option(store)}[/]", highlight=False, soft_wrap=True
+    )
+
+
+def _store_option(store: str) -> str:
+    return "" if store == "artifacts" else f" --store {store}"
+
+
+@app.command(epilog="Example:\n\n  prune-jax plan lenet-300-100 --set stages.prune.target.sparsity=0.95")
+def plan(
+    recipe: RecipeArgument, set_: SetOption = None, store: StoreOption = "artifacts", as_json: JsonOption = False
+) -> None:
+    """Shows what a run would do: each stage, its key, whether it is cached, and why it must run again."""
+    from rich.console import Console
+
+    from prune_jax.checkpoints import Store
+    from prune_jax.forecast import forecast, forecast_table
+    from prune_jax.preparation import prepare
+    from prune_jax.recipe import read_recipe
+
+    wanted = read_recipe(recipe, changes=set_ or ())
+    rows = forecast(prepare(wanted), Store(store))
+    if as_json:
+        sys.stdout.write(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    else:
+        Console().print(forecast_table(wanted.name, rows))
+
+
+@app.command(
+    epilog="Examples:\n\n  prune-jax recipes lenet-300-100 > my.yaml\n\n  prune-jax recipes --schema > recipe.schema.json"
+)
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Prints this recipe's YAML.", show_default=False)] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Prints the JSON schema of recipes.")] = False,
+) -> None:
+    """Lists the built-in recipes, prints one, or prints the JSON schema of all."""
+    from prune_jax.errors import did_you_mean
+    from prune_jax.recipe import built_in
+
+    texts = built_in()
+    if schema:
+        from prune_jax.schema import recipe_schema
+
+        sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
+    elif name is None:
+        _list_recipes(texts)
+    elif name in texts:
+        sys.stdout.write(texts[name])
+    else:
+        raise UserMistake(f"{name}: no built-in recipe{did_you_mean(name, texts)} (built in: {', '.join(texts)})")
+
+
+def _list_recipes(texts: dict[str, str]) -> None:
+    import yaml
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "what it does", "stages", box=None, pad_edge=False)
+    for name, text in texts.items():
+        raw = yaml.safe_load(text)
+        table.add_row(f"[bold]{name}[/]", raw.get("description", ""), ", ".join(raw["stages"]))
+    Console().print(table)
+
+
+@app.command()
+def methods() -> None:
+    """Lists criteria, scopes, targets and schedules, with formula and paper."""
+    from rich.console import Console
+
+    from prune_jax.catalogue import methods_tables
+
+    console = Console()
+    for table in methods_tables():
+        console.print(table)
+
+
+@app.command()
+def runs(store: StoreOption = "artifacts", as_json: JsonOption = False) -> None:
+    """Lists the runs of a store, the latest last."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from prune_jax.checkpoints import Store
+
+    artifacts = Store(store)
+    records = [artifacts.record(name) for name in artifacts.runs()]
+    if as_json:
+        sys.stdout.write(json.dumps(records, indent=1) + "\n")
+        return
+    table = Table("run", "started", "status", "seconds", "outcome", box=None, pad_edge=False)
+    for record in records:
+        table.add_row(
+            record["name"], record["started"], record["status"], f"{record['seconds']:.1f}", _escaped(record["message"])
+        )
+    Console().print(table if records else f"no runs in {store}")
+
+
+@app.command()
+def show(name: RunArgument, store: StoreOption = "artifacts", as_json: JsonOption = False) -> None:
+    """Shows one run: its stages and its results."""
+    from rich.console import Console
+
+    from prune_jax.checkpoints import Store
+    from prune_jax.console import stages_table
+    from prune_jax.report.tables import results_rich
+
+    record = Store(store).record(name)
+    if as_json:
+        sys.stdout.write(json.dumps(record, indent=1) + "\n")
+        return
+    console = Console()
+    console.print(stages_table(record))
+    if record["results"]:
+        console.print(results_rich(record))
+    console.print(f"{_escaped(record['message'])}", highlight=False)
+
+
+@app.command(epilog="Example:\n\n  prune-jax report lenet-300-100")
+def report(name: RunArgument, store: StoreOption = "artifacts") -> None:
+    """Writes a run's report, one self-contained HTML file, and prints its path."""
+    from prune_jax.checkpoints import Store
+    from prune_jax.report import write_report
+
+    sys.stdout.write(f"{write_report(Store(store), name)}\n")
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _quiet() -> None:
+    """Leaves the terminal to the bars and the table; Prefect's API still gets every log."""
+    import logging
+
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    silent = logging.StreamHandler()
+    silent.setLevel(os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"])
+    logging.basicConfig(
+        handlers=[silent]
+    )  # the first one stands: what others add to the root logger later, they do not
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def main() -> NoReturn:
+    """Runs the command line. Exit codes: 0 done, 1 a stage failed, 2 bad input."""
+    sys.path.insert(0, str(Path.cwd()))  # so that `my_pkg.nets:Net` is found where the user stands
+    try:
+        app(standalone_mode=True)
+    except UserMistake as mistake:
+        sys.stderr.write(f"{mistake}\n")
+        raise SystemExit(2) from None
+    except PruneError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(1) from None
+    raise SystemExit(0)

@@ -1,0 +1,108 @@
+"""The registry of criteria and what an entry says of itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from prune_jax.arguments import check_arguments
+from prune_jax.errors import UserMistake
+from prune_jax.registry import Registry, load_object
+from prune_jax.trees import PyTree
+
+CRITERIA: Registry[Criterion] = Registry("criterion", "prune_jax.criteria")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A criterion: its function and the facts that validate recipes, gather statistics, and are cited.
+
+    `function(params, stats, *, key, **options)` answers float32 scores shaped like `params`, which holds None where
+    nothing is prunable; the lowest die first. It takes `key` if it draws random numbers.
+    """
+
+    name: str
+    function: Callable[..., PyTree]
+    formula: str
+    paper: str
+    needs: frozenset[str] = frozenset()  # fields of Statistics
+    granularities: tuple[str, ...] = ("weight", "neuron")
+    combine: str = "sum"  # of a unit's scores, as in granularity.unit_scores; "p": the norm that the option p names
+
+    @property
+    def data_free(self) -> bool:
+        """Whether it looks at the weights alone."""
+        return not self.needs
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws random numbers, and so takes a key."""
+        return "key" in inspect.signature(self.function).parameters
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """Its options and their defaults."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "key"}
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuses options that it does not take, and values of another kind than the default's."""
+        try:
+            check_arguments(self.function, options, ours=("params", "stats", "key"))
+        except UserMistake as mistake:
+            raise UserMistake(f"criterion {self.name!r}: {mistake}") from None
+        for name, value in options.items():
+            if isinstance(self.options[name], bool) and not isinstance(value, bool):
+                raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be true or false")
+            if name == "p" and value not in NORMS:
+                raise UserMistake(f"criterion {self.name!r}: p = {value!r} is not possible (allowed: 1, 2, inf)")
+
+    def combine_with(self, options: Mapping[str, Any]) -> str:
+        """How a unit's score is made of its weights' scores: a name of `granularity.unit_scores`."""
+        return NORMS[{**self.options, **options}["p"]] if self.combine == "p" else self.combine
+
+    def __call__(self, *args: Any, **options: Any) -> PyTree:
+        """Calls the function."""
+        return self.function(*args, **options)
+
+
+NORMS = {1: "sum", 2: "l2", float("inf"): "max", "inf": "max"}
+
+
+def criterion(
+    name: str,
+    *,
+    formula: str,
+    paper: str,
+    needs: Collection[str] = (),
+    granularities: tuple[str, ...] = ("weight", "neuron"),
+    combine: str = "sum",
+) -> Callable[[Callable[..., PyTree]], Criterion]:
+    """Registers the function below it under `name`, with the facts of `Criterion`.
+
+    The function's keyword-only parameters are its options. Other packages announce their criteria through the entry
+    point group `prune_jax.criteria`, or are named `module:object`.
+    """
+
+    def register(function: Callable[..., PyTree]) -> Criterion:
+        entry = Criterion(name, function, formula, paper, frozenset(needs), granularities, combine)
+        return CRITERIA.add(name, entry)
+
+    return register
+
+
+def find(name: str) -> Criterion:
+    """The criterion called `name`, or the one that `module:object` names.
+
+    >>> find("snip").formula
+    '|w * mean g|'
+    """
+    entry = load_object(name) if ":" in name else CRITERIA[name]
+    if not isinstance(entry, Criterion):
+        raise UserMistake(
+            f"{name!r} is a {type(entry).__name__}, not a criterion; put @criterion(...) on the function."
+        )
+    return entry

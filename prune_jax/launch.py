@@ -1,0 +1,79 @@
+"""Runs a recipe: the same thing for the command line and for Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prune_jax.checkpoints import Store
+from prune_jax.errors import UserMistake
+from prune_jax.plan import Plan
+from prune_jax.preparation import check_networks, is_cached, prepare
+from prune_jax.recipe import Recipe, StageResult, check_run_name, read_recipe
+from prune_jax.records import Run
+
+RUNNERS = ("threads", "local")
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    store: str | os.PathLike[str] = "artifacts",
+    name: str | None = None,
+    changes: Iterable[str] = (),
+    runner: str = "threads",
+) -> dict[str, Any]:
+    """Runs a recipe's stages through Prefect and answers the run record.
+
+    What the store holds is not computed again. If it holds all, no server is started, unless one is configured: then
+    the run is seen there.
+
+    Args:
+        recipe: a YAML path, the name of a built-in recipe, a mapping, or a recipe.
+        store: the folder or URL in which artifacts and run records lie.
+        name: the run's name; left out, the recipe's.
+        changes: `"stages.train.epochs=3"`: set before the recipe is checked.
+        runner: `threads` runs independent branches side by side, `local` one stage at a time.
+
+    Returns:
+        The run record: stages with status and seconds, results of each evaluated network. A failed stage is in it too:
+        `record["status"]` is then `failed`.
+
+    Raises:
+        UserMistake: the recipe is wrong; nothing was written.
+    """
+    wanted = read_recipe(recipe, changes=changes)
+    name = name or wanted.name
+    check_run_name(name)
+    if runner not in RUNNERS:
+        raise UserMistake(f"runner = {runner!r}: is not known (allowed: {', '.join(RUNNERS)})")
+    artifacts = Store(store)
+    plan = prepare(wanted)
+    cached = is_cached(plan, artifacts)
+
+    from prune_jax.flows import server
+
+    configured = server.configured()
+    if cached and not configured:
+        return _nothing_to_do(plan, artifacts, name)
+    starting = None if configured else server.start_early()
+    if not cached:
+        check_networks(plan)
+    if starting:
+        starting.join()
+
+    from prune_jax.flows.prune import run_flow
+
+    return run_flow(wanted, store=str(store), name=name, side_by_side=1 if runner == "local" else None)
+
+
+def _nothing_to_do(plan: Plan, store: Store, name: str) -> dict[str, Any]:
+    results = {}
+    for call in plan.calls:
+        meta = store.meta(call.ref) or {}
+        results[call.name] = StageResult(
+            name=call.name, kind=call.kind, key=call.key, status="cached", metrics=meta.get("metrics", {})
+        )
+    return Run(plan, store, name).finish(results)

@@ -1,0 +1,314 @@
+"""Recipe -> plan: the stage calls with chained keys. Pure; nothing has run yet.
+
+A key is the digest of the stage's kind, its version, the settings that differ from their defaults and its parents'
+keys; names, retries and timeouts are not in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prune_jax.recipe import (
+    Data,
+    Problem,
+    Recipe,
+    Ref,
+    StageCall,
+    digest,
+    parents_of,
+    validate,
+    with_value,
+)
+from prune_jax.recipe.parts import Frozen
+
+# A stage that comes to compute something else gets the next number, so that nothing old is taken for new.
+VERSIONS = {"train": 1, "score": 1, "mask": 1, "finetune": 1, "prune": 1, "evaluate": 1}
+KEY_LENGTH = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stage calls in an order that can be run, and whose results each takes."""
+
+    recipe: Recipe
+    calls: tuple[StageCall, ...]
+    after: Mapping[str, tuple[str, ...]]
+
+
+def key_of(kind: str, **content: Any) -> str:
+    """The key of a stage: a digest of all that decides its result."""
+    return digest({"kind": kind, "version": VERSIONS[kind], **content})[:KEY_LENGTH]
+
+
+def _data_part(problem: Problem) -> dict[str, Any]:
+    return {
+        "digest": problem.data_digest,
+        "validation": problem.data.validation,
+        "batch_size": problem.data.batch_size,
+        "fold": problem.fold,
+    }
+
+
+def _problem_part(problem: Problem) -> dict[str, Any]:
+    model = problem.model.model_dump(mode="json", exclude_defaults=True)
+    return {"data": _data_part(problem), "model": model, "objective": problem.objective, "code": problem.code}
+
+
+def as_settings(part: Frozen, **more: Any) -> dict[str, Any]:
+    """A recipe's part as the settings of a call: what differs from the defaults."""
+    return {**part.model_dump(mode="json", exclude_defaults=True), **more}
+
+
+def train_call(name: str, problem: Problem, settings: dict[str, Any], seed: int, **more: Any) -> StageCall:
+    """Training from initialisation; with `stop_step` in the settings, only so far."""
+    key = key_of("train", settings=settings, seed=seed, **_problem_part(problem))
+    label = f"train · {_model_word(problem)}"
+    if "stop_step" in settings:
+        label = f"train · to step {settings['stop_step']}"
+    return StageCall(
+        name=name, label=label, kind="train", key=key, settings=settings, problem=problem, seed=seed, **more
+    )
+
+
+def score_call(
+    name: str, problem: Problem, settings: dict[str, Any], seed: int, network: Ref, level: str = "", **more: Any
+) -> StageCall:
+    """Scores of a network's units."""
+    content = {"settings": settings, "seed": seed, "network": network.key, "data": _data_part(problem)}
+    return StageCall(
+        name=name,
+        label=" · ".join(filter(None, ("score", settings["criterion"]["name"], level))),
+        kind="score",
+        key=key_of("score", objective=problem.objective, **content),
+        settings=settings,
+        inputs={"network": network},
+        problem=problem,
+        seed=seed,
+        **more,
+    )
+
+
+def mask_call(
+    name: str, problem: Problem, settings: dict[str, Any], network: Ref, scores: Ref, level: str = "", **more: Any
+) -> StageCall:
+    """The network under masks of its lowest scores."""
+    key = key_of("mask", settings=settings, network=network.key, scores=scores.key)
+    scope = settings.get("scope", "global")
+    return StageCall(
+        name=name,
+        label=" · ".join(filter(None, ("mask", scope if isinstance(scope, str) else "table", level))),
+        kind="mask",
+        key=key,
+        settings=settings,
+        inputs={"network": network, "scores": scores},
+        problem=problem,
+        **{"seed": 0, **more},
+    )
+
+
+def finetune_call(
+    name: str,
+    problem: Problem,
+    settings: dict[str, Any],
+    seed: int,
+    network: Ref,
+    rewind: Ref | None,
+    level: str = "",
+    **more: Any,
+) -> StageCall:
+    """The network trained on under its masks, from earlier weights if `rewind` names them."""
+    inputs = {"network": network} | ({"rewind": rewind} if rewind else {})
+    keys = {role: ref.key for role, ref in inputs.items()}
+    length = f"{settings['epochs']:g} epochs" if "epochs" in settings else f"{settings['steps']} steps"
+    return StageCall(
+        name=name,
+        label=" · ".join(filter(None, ("finetune", length, level))),
+        kind="finetune",
+        key=key_of("finetune", settings=settings, seed=seed, inputs=keys, **_problem_part(problem)),
+        settings=settings,
+        inputs=inputs,
+        problem=problem,
+        seed=seed,
+        **more,
+    )
+
+
+def rewind_call(rewind: Any, origin: StageCall, name: str) -> StageCall | None:
+    """The training to the step that a recovery rewinds to; it is the same training, only stopped there."""
+    if rewind in (None, "none"):
+        return None
+    step = 0 if rewind == "initialisation" else rewind["step"]
+    settings = {**origin.settings, "stop_step": step}
+    return train_call(f"{name}.rewind", origin.problem, settings, origin.seed, operation=origin.operation)
+
+
+def make_plan(recipe: Recipe, *, digest_of: Callable[[Data], str], code_of: Callable[[Recipe], dict[str, str]]) -> Plan:
+    """Expands the matrices and names every call.
+
+    Args:
+        recipe: what is wanted.
+        digest_of: the digest of what a data source answers.
+        code_of: the digests of the user's own code that the recipe names.
+    """
+    axes, rows = expand(recipe)
+    plans = [_single_plan(row, digest_of(row.data), code_of(row)) for row in rows]
+    if not axes:
+        return plans[0]
+    names = _row_names(axes, plans)
+    calls: dict[str, StageCall] = {}
+    after: dict[str, tuple[str, ...]] = {}
+    for row, plan in enumerate(plans):
+        renamed = {old: names[old, row] for old in plan.after}
+        for call in plan.calls:
+            name = renamed[call.name]
+            inputs = {renamed.get(role, role): ref for role, ref in call.inputs.items()}
+            facts = {"row": _row_of(name, call.name)}
+            calls.setdefault(name, call.model_copy(update={"name": name, "inputs": inputs, "facts": facts}))
+            parents = plan.after.get(call.name, ())
+            after.setdefault(name, tuple(renamed[p] for p in parents))
+    return Plan(recipe, tuple(calls.values()), after)
+
+
+def expand(recipe: Recipe) -> tuple[list[tuple[str, list[Any]]], list[Recipe]]:
+    """The axes of all matrices and one plain recipe for each combination of their values."""
+    raw = recipe.model_dump(mode="json", exclude_unset=True)
+    axes = list((recipe.matrix or {}).items())
+    raw.pop("matrix", None)
+    for name, stage in recipe.stages.items():
+        axes += [(f"stages.{name}.{path}", values) for path, values in (stage.matrix or {}).items()]
+        raw["stages"][name].pop("matrix", None)
+    rows = []
+    for combination in itertools.product(*(values for _, values in axes)):
+        row = raw
+        for (path, _), value in zip(axes, combination, strict=True):
+            row = with_value(row, path, value)
+        where = ", ".join(f"{path}={value}" for (path, _), value in zip(axes, combination, strict=True))
+        rows.append(validate(row, f"{recipe.name} [{where}]" if where else recipe.name))
+    return axes, rows
+
+
+def _row_names(axes: list[tuple[str, list[Any]]], plans: list[Plan]) -> dict[tuple[str, int], str]:
+    """A stage is named after those axes of the matrix that change its key: `prune[criterion=snip]`."""
+    places = list(itertools.product(*(range(len(values)) for _, values in axes)))
+    row_of = {place: row for row, place in enumerate(places)}
+    keys = [{call.name: call.key for call in plan.calls} for plan in plans]
+    names = {}
+    for stage in plans[0].after:
+        told = [
+            a
+            for a in range(len(axes))
+            if any(keys[row_of[p]][stage] != keys[row_of[(*p[:a], 0, *p[a + 1 :])]][stage] for p in places)
+        ]
+        for row, place in enumerate(places):
+            words = [f"{axes[a][0].rpartition('.')[2]}={_word(axes[a][1][place[a]])}" for a in told]
+            names[stage, row] = f"{stage}[{','.join(words)}]" if words else stage
+    return names
+
+
+def _row_of(name: str, stage: str) -> dict[str, str]:
+    """The place in the matrix that a row's name tells: `prune[seed=0]` -> `{"seed": "0"}`."""
+    told = name.removeprefix(stage).strip("[]")
+    return dict(pair.split("=", 1) for pair in told.split(",")) if told else {}
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return "+".join(_word(v) for v in value.values())
+    if isinstance(value, list):
+        return "-".join(_word(v) for v in value)
+    return str(value)
+
+
+def _single_plan(recipe: Recipe, data_digest: str, code: dict[str, str]) -> Plan:
+    problem = Problem(
+        data=recipe.data, data_digest=data_digest, model=recipe.model, objective=recipe.objective, code=code
+    )
+    calls: dict[str, StageCall] = {}
+    wiring = parents_of(recipe.stages)
+    for name, stage in recipe.stages.items():
+        for call in _calls_of(name, stage, recipe, problem, [calls[p] for p in wiring[name]]):
+            calls[call.name] = call
+    after = {call.name: _sources(call, calls.values()) for call in calls.values()}
+    return Plan(recipe, tuple(calls.values()), after)
+
+
+def _sources(call: StageCall, calls: Iterable[StageCall]) -> tuple[str, ...]:
+    keys = {ref.key for ref in call.inputs.values()}
+    return tuple(c.name for c in calls if c.key in keys)
+
+
+def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: list[StageCall]) -> list[StageCall]:
+    seed = recipe.seed if stage.seed is None else stage.seed
+    settings = stage.settings()
+    operations: dict[str, Any] = {"operation": stage.operation()}
+    if stage.kind == "train":
+        if "steps" not in settings:
+            settings.setdefault("epochs", 10.0)
+        return [train_call(name, problem, settings, seed, **operations)]
+    parent = parents[0]
+    origin = parent.origin or parent
+    operations["origin"] = origin
+    match stage.kind:
+        case "score":
+            return [score_call(name, problem, settings, seed, parent.ref, **operations)]
+        case "mask":
+            settings["granularity"] = parent.settings.get("granularity", "weight")
+            network = parent.inputs["network"]
+            return [mask_call(name, problem, settings, network, parent.ref, _level(stage), **operations)]
+        case "finetune":
+            rewind = rewind_call(settings.pop("rewind", None), origin, name)
+            call = finetune_call(
+                name, problem, settings, seed, parent.ref, rewind.ref if rewind else None, **operations
+            )
+            return [rewind, call] if rewind else [call]
+        case "prune":
+            content = {"settings": settings, "seed": seed, "network": parent.key, **_problem_part(problem)}
+            if (stage.finetune and stage.finetune.rewind != "none") or stage.search:
+                content["origin"] = origin.key
+            return [
+                StageCall(
+                    name=name,
+                    label=" · ".join(filter(None, ("prune", stage.criterion.name, _level(stage)))),
+                    kind="prune",
+                    key=key_of("prune", **content),
+                    settings=settings,
+                    inputs={"network": parent.ref},
+                    problem=problem,
+                    seed=seed,
+                    **operations,
+                )
+            ]
+    networks = {p.name: p.ref for p in parents}
+    if origin.key not in {ref.key for ref in networks.values()}:
+        networks = {origin.name: origin.ref, **networks}
+    content = {"settings": settings, "networks": [ref.key for ref in networks.values()], "data": problem.data_digest}
+    return [
+        StageCall(
+            name=name,
+            label=f"evaluate · {', '.join(networks)}",
+            kind="evaluate",
+            key=key_of("evaluate", objective=problem.objective, **content),
+            settings=settings,
+            inputs=networks,
+            problem=problem,
+            seed=seed,
+            **operations,
+        )
+    ]
+
+
+def _level(stage: Any) -> str:
+    if stage.target is None:
+        return "table"
+    return (
+        f"{stage.target.amount:g}"
+        if isinstance(stage.target.amount, float)
+        else f"{stage.target.word} {stage.target.amount}"
+    )
+
+
+def _model_word(problem: Problem) -> str:
+    return problem.model.kind.rpartition(":")[2]

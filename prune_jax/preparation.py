@@ -1,0 +1,142 @@
+"""Recipe -> plan with every name, number and shape checked, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prune_jax.checkpoints import Store
+from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.plan import Plan, expand, make_plan
+from prune_jax.problems import code_of, data_of
+from prune_jax.recipe import Problem, Recipe, parents_of
+
+
+def prepare(recipe: Recipe) -> Plan:
+    """Checks a recipe against the registries and the data, and plans it.
+
+    Raises:
+        UserMistake: where in the recipe, what is wrong, what is allowed.
+    """
+    for row in expand(recipe)[1]:
+        _check_names(row)
+    return make_plan(recipe, digest_of=lambda data: data_of(data).digest, code_of=code_of)
+
+
+def check_networks(plan: Plan) -> None:
+    """Refuses models that do not fit data and objective, and targets that the networks cannot meet.
+
+    Shapes are looked at; nothing is computed.
+
+    Raises:
+        UserMistake: where in the recipe, what is wrong, what is allowed.
+    """
+    for row in expand(plan.recipe)[1]:
+        problem = next(call.problem for call in plan.calls if _is_of(call.problem, row))
+        _check_network(problem, row)
+
+
+def _is_of(problem: Problem, recipe: Recipe) -> bool:
+    return (problem.data, problem.model, problem.objective) == (recipe.data, recipe.model, recipe.objective)
+
+
+def is_cached(plan: Plan, store: Store) -> bool:
+    """Whether there is nothing to compute."""
+    return all(store.intact(call.ref) for call in plan.calls)
+
+
+@contextmanager
+def _at(recipe: str, path: str, value: Any) -> Iterator[None]:
+    try:
+        yield
+    except UserMistake as mistake:
+        raise UserMistake(f"{recipe}: {path} = {value!r}: {mistake}") from None
+
+
+def _check_names(recipe: Recipe) -> None:
+    from prune_jax.criteria import find
+    from prune_jax.granularity import check_granularity
+    from prune_jax.objectives import objective
+
+    with _at(recipe.name, "data.source", recipe.data.source):
+        data_of(recipe.data)
+    with _at(recipe.name, "objective", recipe.objective):
+        goal = objective(recipe.objective)
+    for name, stage in recipe.stages.items():
+        where = f"stages.{name}"
+        if stage.kind in {"score", "prune"}:
+            with _at(recipe.name, f"{where}.criterion.name", stage.criterion.name):
+                criterion = find(stage.criterion.name)
+            with _at(recipe.name, f"{where}.criterion.options", stage.criterion.options):
+                criterion.check_options(stage.criterion.options)
+            with _at(recipe.name, f"{where}.granularity", stage.granularity):
+                check_granularity(stage.granularity, criterion.granularities)
+        for part, metric in _metrics(stage):
+            with _at(recipe.name, f"{where}.{part}", metric):
+                _known("metric", metric, ["loss", *goal.metrics])
+                if not recipe.data.validation:
+                    raise UserMistake("needs a validation split: set `data.validation`, such as 0.1")
+
+
+def _metrics(stage: Any) -> Iterator[tuple[str, str]]:
+    if stage.kind == "prune" and stage.guard:
+        yield "guard.metric", stage.guard.metric
+    if stage.kind == "prune" and stage.search and stage.search.metric:
+        yield "search.metric", stage.search.metric
+
+
+def _known(what: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise UserMistake(
+            f"{what} {name!r} is not known{did_you_mean(name, known)} (allowed: {', '.join(known) or 'none'})"
+        )
+
+
+def _check_network(problem: Problem, recipe: Recipe) -> None:
+    import jax
+
+    from prune_jax.objectives import check, inputs_of, objective
+    from prune_jax.problems import network_of, sample_of
+
+    data = data_of(problem.data)
+    sample = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in sample_of(data).items()}
+    with _at(recipe.name, "model.kind", problem.model.kind):
+        network = network_of(problem)
+        variables = jax.eval_shape(network.init, jax.random.key(0))
+        outputs, _ = jax.eval_shape(
+            lambda v, inputs: network.apply(v.params, v.state, inputs, train=False, key=None),
+            variables,
+            inputs_of(sample),
+        )
+        check(objective(problem.objective), outputs, sample, classes=data.classes)
+    _check_targets(variables.params, recipe)
+
+
+def _check_targets(params: Any, recipe: Recipe) -> None:
+    """Refuses patterns that fit no parameter, and more survivors than there are weights."""
+    import jax
+
+    from prune_jax.allocation import allocate
+    from prune_jax.scoring import prunable_paths
+    from prune_jax.trees import leaves_by_path
+
+    wiring = parents_of(recipe.stages)
+    for name, stage in recipe.stages.items():
+        if stage.kind not in {"score", "mask", "prune"}:
+            continue
+        scored = recipe.stages[wiring[name][0]] if stage.kind == "mask" else stage
+        with _at(recipe.name, f"stages.{name}.exclude", list(scored.exclude)):
+            paths = prunable_paths(params, exclude=scored.exclude)
+        if stage.kind == "score" or (stage.target and stage.target.word not in {"sparsity", "keep"}):
+            continue
+        target = stage.target.model_dump(exclude_none=True) if stage.target else {}
+        with _at(recipe.name, f"stages.{name}.{'target' if target else 'scope'}", target or stage.scope):
+            weights = {path: leaf for path, leaf in leaves_by_path(params).items() if path in paths}
+            units = {p: jax.ShapeDtypeStruct(_units(w, scored.granularity), w.dtype) for p, w in weights.items()}
+            shapes = {path: leaf.shape for path, leaf in weights.items()}
+            allocate(units, scope=stage.scope, shapes=shapes, min_keep=stage.min_keep, **target)
+
+
+def _units(weights: Any, granularity: str) -> tuple[int, ...]:
+    return weights.shape if granularity == "weight" else weights.shape[-1:]

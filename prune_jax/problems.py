@@ -1,0 +1,117 @@
+"""Data and networks of a problem, read and built once in a process."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prune_jax.datasets import Dataset, GrainSplit, Split, load
+from prune_jax.errors import UserMistake
+from prune_jax.recipe import Data, Problem, Recipe
+
+if TYPE_CHECKING:
+    from prune_jax.models import Network
+
+
+def dataset_of(problem: Problem) -> Dataset:
+    """The data of a problem, and no other than those that its key names.
+
+    Raises:
+        UserMistake: the source answers other data than when the plan was made.
+    """
+    data = data_of(problem.data, problem.fold)
+    if data.digest != problem.data_digest:
+        raise UserMistake(
+            f"data.source = {problem.data.source!r}: the data changed while the recipe was running "
+            f"(digest {problem.data_digest[:12]} became {data.digest[:12]}). Run the recipe again."
+        )
+    return data
+
+
+def data_of(data: Data, fold: tuple[int, int] | None = None) -> Dataset:
+    """What a recipe's `data` names."""
+    args = json.dumps(data.args, sort_keys=True)
+    stamp = Path(data.path).stat().st_mtime_ns if data.path and Path(data.path).exists() else 0
+    return _load(data.source, data.path, args, data.validation, fold, stamp)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(
+    source: str, path: str | None, args: str, validation: float, fold: tuple[int, int] | None, stamp: int
+) -> Dataset:
+    return load(source, path=path, args=json.loads(args), validation=validation, fold=fold)
+
+
+def sample_of(data: Dataset) -> dict[str, np.ndarray]:
+    """A batch of one example."""
+    split = data.train
+    record = split.dataset[0] if isinstance(split, GrainSplit) else {name: array[0] for name, array in split.items()}
+    return {name: np.asarray(value)[None] for name, value in record.items()}
+
+
+def examples_of(split: Split) -> int:
+    """The number of examples of a split."""
+    return len(split) if isinstance(split, GrainSplit) else len(split["x"])
+
+
+def records_at(split: Split, rows: range) -> dict[str, np.ndarray]:
+    """The examples of a split at these places, stacked."""
+    if isinstance(split, GrainSplit):
+        records = [split.dataset[row] for row in rows]
+        return {name: np.stack([record[name] for record in records]) for name in records[0]}
+    return {name: array[rows.start : rows.stop] for name, array in split.items()}
+
+
+def network_of(problem: Problem) -> Network:
+    """The network of a problem; the same object for the same model and data, so that its functions compile once."""
+    sample = sample_of(dataset_of(problem))
+    shapes = tuple((array.shape, array.dtype.name) for name, array in sample.items() if name != "y")
+    model = problem.model.model_dump(mode="json")
+    return _build(json.dumps(model, sort_keys=True), shapes, outputs_of(problem), json.dumps(problem.code))
+
+
+def outputs_of(problem: Problem) -> int:
+    """How many numbers the network answers for one example."""
+    data = dataset_of(problem)
+    sample = sample_of(data)
+    if problem.objective == "reconstruction":
+        return math.prod(sample["x"].shape[1:])
+    if data.classes is not None and problem.objective != "regression":
+        return data.classes
+    return math.prod(sample["y"].shape[1:])
+
+
+@functools.lru_cache(maxsize=16)
+def _build(model: str, shapes: tuple[tuple[tuple[int, ...], str], ...], outputs: int, code: str) -> Network:
+    import jax
+
+    from prune_jax.models import build
+
+    settings: dict[str, Any] = json.loads(model)
+    kind = settings.pop("kind")
+    args = settings["args"] if "args" in settings else settings
+    inputs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
+    return build(kind, args, inputs=inputs, outputs=outputs)
+
+
+def code_of(recipe: Recipe) -> dict[str, str]:
+    """The digest of the file of each function that the recipe names by `module:object`: edited code is another recipe."""
+    references = [recipe.data.source, recipe.model.kind, recipe.objective]
+    return {reference: _file_digest(reference) for reference in references if ":" in reference}
+
+
+def _file_digest(reference: str) -> str:
+    try:
+        module = importlib.import_module(reference.partition(":")[0])
+        file = inspect.getsourcefile(module)
+    except (ImportError, TypeError):
+        return ""  # what uses it will say so, with the mend
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:20] if file else ""

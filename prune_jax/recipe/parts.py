@@ -1,0 +1,367 @@
+"""The frozen models of what a recipe says outside its stages: data, model, optimizer, target, schedule, guard.
+
+A discriminator (`kind`) never has a default: `exclude_defaults` would drop it from the key.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from prune_jax.errors import did_you_mean
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Reference = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def mistake(field: object, message: str) -> PydanticCustomError:
+    """A mistake at `field` below the model that is being checked."""
+    return PydanticCustomError("mistake", "{message}", {"field": str(field), "message": message})
+
+
+class Frozen(BaseModel):
+    """A part of a recipe: immutable, and unknown fields are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for field in data:
+                if field not in cls.model_fields:
+                    known = ", ".join(cls.model_fields)
+                    raise mistake(
+                        field, f"is not a field here{did_you_mean(field, cls.model_fields)} (allowed: {known})"
+                    )
+        return data
+
+
+class Data(Frozen):
+    """Where examples come from, how many are held out for validation, how many make a batch."""
+
+    source: str = Field(
+        description="a built-in set, `npz` with a path, or `module:function`",
+        examples=["mnist5k", "npz", "my_pkg:load"],
+    )
+    path: str | None = Field(default=None, description="the file, for `source: npz`")
+    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the source")
+    validation: Fraction = Field(default=0.1, description="share of the training split held out for decisions")
+    batch_size: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _path_belongs_to_npz(self) -> Data:
+        if self.source == "npz" and self.path is None:
+            raise ValueError("`source: npz` needs `path`, a file with x_train, y_train, x_test, y_test")
+        if self.source != "npz" and self.path is not None:
+            raise ValueError(
+                f"`path` goes with `source: npz`; source is {self.source!r}, whose settings go into `args`"
+            )
+        return self
+
+
+Activation = Literal["relu", "tanh", "sigmoid", "gelu"]
+Width = Annotated[int, Field(ge=1)]
+
+
+class Linear(Frozen):
+    """One dense layer."""
+
+    kind: Literal["linear"]
+    bias: bool = True
+
+
+class Mlp(Frozen):
+    """Dense layers of the given widths, then the output layer."""
+
+    kind: Literal["mlp"]
+    widths: tuple[Width, ...] = (300, 100)
+    activation: Activation = "relu"
+    output_activation: Literal["none", "relu", "tanh", "sigmoid", "gelu"] = "none"
+    dropout: Fraction = 0.0
+    batch_norm: bool = False
+    bias: bool = True
+
+
+class Cnn(Frozen):
+    """LeNet-5: convolutions with pooling, then dense layers (LeCun et al. 1998)."""
+
+    kind: Literal["cnn"]
+    channels: tuple[Width, ...] = (6, 16)
+    widths: tuple[Width, ...] = (120, 84)
+    kernel_size: Width = 5
+    activation: Activation = "relu"
+    batch_norm: bool = False
+    dropout: Fraction = 0.0
+
+
+class Resnet(Frozen):
+    """The CIFAR residual network of depth 6n + 2 (He et al. 2016, arXiv:1512.03385)."""
+
+    kind: Literal["resnet"]
+    depth: int = Field(default=20, ge=8)
+    width: Width = 16
+
+    @model_validator(mode="after")
+    def _depth_is_6n_plus_2(self) -> Resnet:
+        if (self.depth - 2) % 6:
+            below = self.depth - (self.depth - 2) % 6
+            raise ValueError(f"depth is {self.depth} but must be 6n + 2, such as {max(below, 8)} or {below + 6}")
+        return self
+
+
+class Autoencoder(Frozen):
+    """Dense encoder and mirrored decoder around a code."""
+
+    kind: Literal["autoencoder"]
+    widths: tuple[Width, ...] = (32,)
+    code: Width = 8
+    activation: Activation = "relu"
+
+
+class Rnn(Frozen):
+    """Recurrent layers over a sequence; the last real step is classified."""
+
+    kind: Literal["rnn"]
+    cell: Literal["gru", "lstm"] = "gru"
+    width: Width = 64
+    layers: Width = 1
+
+
+class Transformer(Frozen):
+    """Encoder blocks, mean over the real steps, output layer."""
+
+    kind: Literal["transformer"]
+    dim: Width = 64
+    heads: Width = 4
+    layers: Width = 2
+    mlp_ratio: Width = 4
+    dropout: Fraction = 0.0
+    vocab: int | None = Field(default=None, ge=1, description="number of tokens, for integer inputs")
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Transformer:
+        if self.dim % self.heads:
+            raise ValueError(f"dim is {self.dim} but must be a multiple of heads, {self.heads}")
+        return self
+
+
+class CustomModel(Frozen):
+    """A Flax NNX or Linen module, or a function that answers one: `my_pkg.nets:Net`."""
+
+    kind: str = Field(description="module:object, or the name of an installed plug-in")
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_is_known(cls, data: Any) -> Any:
+        kind = data.get("kind") if isinstance(data, dict) else None
+        plugins = [p.name for p in entry_points(group="prune_jax.models")]
+        known = [*BUILT_IN_MODELS, *plugins]
+        if isinstance(kind, str) and ":" not in kind and kind not in plugins:
+            message = f"is not known{did_you_mean(kind, known)} (allowed: {', '.join(known)}, or module:object)"
+            raise mistake("kind", message)
+        return data
+
+
+BUILT_IN_MODELS = {
+    "linear": Linear,
+    "mlp": Mlp,
+    "cnn": Cnn,
+    "resnet": Resnet,
+    "autoencoder": Autoencoder,
+    "rnn": Rnn,
+    "transformer": Transformer,
+}
+
+
+def _model_tag(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if kind in BUILT_IN_MODELS else "custom"
+
+
+Model = Annotated[
+    Annotated[Linear, Tag("linear")]
+    | Annotated[Mlp, Tag("mlp")]
+    | Annotated[Cnn, Tag("cnn")]
+    | Annotated[Resnet, Tag("resnet")]
+    | Annotated[Autoencoder, Tag("autoencoder")]
+    | Annotated[Rnn, Tag("rnn")]
+    | Annotated[Transformer, Tag("transformer")]
+    | Annotated[CustomModel, Tag("custom")],
+    Discriminator(_model_tag),
+]
+
+# What each optimizer of Optax takes beside the learning rate.
+OPTIMIZERS = {
+    "sgd": {"momentum", "nesterov"},
+    "adam": {"b1", "b2", "eps"},
+    "adamw": {"b1", "b2", "eps", "weight_decay"},
+    "nadam": {"b1", "b2", "eps"},
+    "rmsprop": {"decay", "eps", "momentum", "nesterov"},
+    "adagrad": {"eps"},
+    "lion": {"b1", "b2", "weight_decay"},
+    "lamb": {"b1", "b2", "eps", "weight_decay"},
+}
+
+
+class Optimizer(Frozen):
+    """An optimizer of Optax and its learning rate."""
+
+    name: Literal["sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad", "lion", "lamb"] = "adam"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    decay_to: float | None = Field(default=None, ge=0, le=1, description="cosine decay to this share of the rate")
+    warmup_steps: int = Field(default=0, ge=0, description="linear warm-up from 0")
+    clip_norm: float | None = Field(default=None, gt=0, description="largest global norm of the gradient")
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    nesterov: bool | None = None
+    b1: float | None = Field(default=None, ge=0, lt=1)
+    b2: float | None = Field(default=None, ge=0, lt=1)
+    decay: float | None = Field(default=None, ge=0, lt=1)
+    eps: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _optimizer_takes_it(self) -> Optimizer:
+        surplus = self.hyperparameters().keys() - OPTIMIZERS[self.name]
+        if surplus:
+            takers = [n for n, takes in OPTIMIZERS.items() if surplus <= takes]
+            raise ValueError(
+                f"{self.name} takes no {', '.join(sorted(surplus))} "
+                f"(it takes {', '.join(sorted(OPTIMIZERS[self.name]))}; taken by: {', '.join(takers) or 'none'})"
+            )
+        return self
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What was set beside the learning rate, by the names that Optax uses."""
+        names = ("momentum", "nesterov", "b1", "b2", "decay", "eps", "weight_decay")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+
+
+class Criterion(Frozen):
+    """What makes a score."""
+
+    name: str = Field(description="see `prune-jax methods`", examples=["magnitude", "taylor"])
+    options: dict[str, Any] = Field(default_factory=dict)
+    batches: int | None = Field(default=None, ge=1, description="score on so many batches; left out, on all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+
+class Target(Frozen):
+    """How many die: exactly one of these."""
+
+    sparsity: float | None = Field(default=None, description="fraction pruned, in [0, 1)")
+    keep: int | None = Field(default=None, ge=1, description="so many survive")
+    threshold: float | None = Field(default=None, description="scores below die")
+    statistic: Literal["mean", "median"] | None = Field(default=None, description="scores below it die")
+    percentile: float | None = Field(default=None, gt=0, lt=100, description="scores below it die")
+
+    @model_validator(mode="after")
+    def _one_and_possible(self) -> Target:
+        given = [n for n in Target.model_fields if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"says {' and '.join(given) or 'nothing'} but needs exactly one of {', '.join(Target.model_fields)}"
+            )
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise mistake("sparsity", _sparsity_mistake(self.sparsity))
+        return self
+
+    @property
+    def word(self) -> str:
+        """The one that was given: `sparsity`, `keep`, ..."""
+        return next(n for n in Target.model_fields if getattr(self, n) is not None)
+
+    @property
+    def amount(self) -> Any:
+        """Its value."""
+        return getattr(self, self.word)
+
+
+def _sparsity_mistake(value: float) -> str:
+    hint = f"; sparsity is a fraction, did you mean {value / 100:g}?" if 1 < value < 100 else ""
+    return f"must be at least 0 and below 1{hint}"
+
+
+class OneShot(Frozen):
+    """All at once."""
+
+    kind: Literal["one_shot"]
+
+
+class Iterative(Frozen):
+    """Rounds of score, mask, fine-tune. Geometric: each round the same share of the living dies (Frankle 2019)."""
+
+    kind: Literal["iterative"]
+    rounds: int = Field(default=5, ge=1, le=1000)
+    levels: Literal["geometric", "cubic"] = "geometric"
+
+
+Schedule = Annotated[OneShot | Iterative, Field(discriminator="kind")]
+
+
+class Breach(Frozen):
+    """What follows when the guard's limit is crossed."""
+
+    action: Literal["stop", "back_off", "fail"] = Field(
+        default="stop", description="stop: keep the last good round; back_off: bisect towards it; fail: the stage fails"
+    )
+    tries: int = Field(default=3, ge=1, le=20, description="bisections of back_off")
+
+
+class Guard(Frozen):
+    """A limit on what pruning may cost on the validation split."""
+
+    metric: str = Field(default="accuracy", description="a metric of the objective, or loss")
+    max_drop: float = Field(ge=0, description="largest loss of the metric against the dense network, absolute")
+    breach: Breach = Breach()
+
+
+class RewindStep(Frozen):
+    """Weights as they were after so many training steps."""
+
+    step: int = Field(ge=0)
+
+
+class Recovery(Frozen):
+    """Training on under masks."""
+
+    optimizer: Optimizer = Optimizer()
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    l1: float = Field(default=0.0, ge=0)
+    l2: float = Field(default=0.0, ge=0)
+    rewind: Literal["none", "initialisation"] | RewindStep = Field(
+        default="none", description="start from the weights at initialisation or at a step (Frankle 2019, 2020)"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Recovery:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of epochs, steps")
+        return self
+
+
+class Search(Frozen):
+    """Grid search of the target by k-fold cross-validation: the best mean metric wins, the sparsest of equals."""
+
+    amounts: tuple[float, ...] = Field(min_length=2, description="values of the target to try")
+    folds: int = Field(default=5, ge=2, le=50)
+    metric: str | None = Field(default=None, description="left out, the objective's own")
+    tolerance: float = Field(default=0.0, ge=0, description="sparsest within so much of the best")
+
+
+class Operation(Frozen):
+    """How a stage is operated; nothing of it changes what the stage computes."""
+
+    retries: int = Field(default=2, ge=0, le=100, description="tries after a fault; a user's mistake is not retried")
+    timeout_seconds: float | None = Field(default=None, gt=0)
+    checkpoint_seconds: float = Field(default=20.0, ge=0, description="at least so long between step checkpoints")

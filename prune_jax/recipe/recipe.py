@@ -1,0 +1,201 @@
+"""The stages of a recipe and the recipe itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from prune_jax.recipe.parts import (
+    Criterion,
+    Data,
+    Fraction,
+    Frozen,
+    Guard,
+    Model,
+    Name,
+    OneShot,
+    Operation,
+    Optimizer,
+    Recovery,
+    Schedule,
+    Search,
+    Target,
+)
+from prune_jax.recipe.wiring import check_wiring
+
+Matrix = dict[str, Annotated[list[Any], Field(min_length=1)]]
+
+
+class Stage(Operation):
+    """What every stage may say. None of it but the seed changes what the stage computes."""
+
+    after: str | None = Field(
+        default=None, description="the stage whose result this one takes; left out, the one above"
+    )
+    of: str | None = Field(default=None, description="the same as `after`")
+    seed: int | None = Field(default=None, ge=0, lt=2**31, description="left out, the recipe's")
+    matrix: Matrix | None = Field(default=None, description="{dotted.path: [values]}: one row for each combination")
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The stages that this one names, none if it takes the one above."""
+        named = self.after or self.of
+        return (named,) if named else ()
+
+    @model_validator(mode="after")
+    def _after_or_of(self) -> Stage:
+        if self.after is not None and getattr(self, "of", None):
+            raise ValueError("says both `after` and `of`, which mean the same; leave one out")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """What goes into the key: all that was set to other than its default, but for how the stage is operated."""
+        elsewhere = {"kind", "after", "of", "seed", "matrix", *Operation.model_fields}
+        return self.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
+
+    def operation(self) -> Operation:
+        """How it is operated."""
+        return Operation(**{name: getattr(self, name) for name in Operation.model_fields})
+
+
+class Train(Stage):
+    """Trains from initialisation."""
+
+    kind: Literal["train"]
+    optimizer: Optimizer = Optimizer()
+    epochs: float | None = Field(
+        default=None, gt=0, description="passes over the training split; left out with steps, 10"
+    )
+    steps: int | None = Field(default=None, ge=1)
+    l1: float = Field(default=0.0, ge=0, description="adds l1 * sum |w| over the kernels to the loss")
+    l2: float = Field(default=0.0, ge=0, description="adds l2 / 2 * sum w^2 over the kernels to the loss")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("needs one of epochs, steps; it says both")
+        return self
+
+
+class Finetune(Stage, Recovery):
+    """Trains on under the masks of the network it takes."""
+
+    kind: Literal["finetune"]
+
+
+class Prunable(Frozen):
+    """What dies together, and where nothing may."""
+
+    granularity: Literal["weight", "neuron"] = Field(default="weight", description="what dies together")
+    exclude: tuple[str, ...] = Field(default=(), description="patterns of parameters that stay dense: `output/*`")
+
+
+class Score(Stage, Prunable):
+    """Scores every prunable unit."""
+
+    kind: Literal["score"]
+    criterion: Criterion
+
+
+class Allocation(Frozen):
+    """Where how many die."""
+
+    scope: Literal["global", "layer", "erk"] | dict[str, Fraction] = Field(
+        default="global",
+        description="within which set scores compete; a table {pattern: sparsity} sets each layer's own",
+    )
+    target: Target | None = Field(default=None, description="how many die; left out with a table")
+    min_keep: int = Field(default=0, ge=0, description="so many units of each layer survive whatever their scores")
+
+    @model_validator(mode="after")
+    def _scope_fits_target(self) -> Allocation:
+        if isinstance(self.scope, dict):
+            if self.target is not None:
+                raise ValueError("a table in `scope` says how many die where; leave `target` out")
+        elif self.target is None:
+            raise ValueError("needs `target`, such as {sparsity: 0.9}, unless `scope` is a table {pattern: sparsity}")
+        elif self.scope == "erk" and self.target.word not in {"sparsity", "keep"}:
+            raise ValueError(
+                f"erk shares out a number of survivors: its target is sparsity or keep, not {self.target.word}"
+            )
+        return self
+
+
+class Mask(Stage, Allocation):
+    """Masks the lowest scores."""
+
+    kind: Literal["mask"]
+
+
+class Prune(Stage, Prunable, Allocation):
+    """Rounds of score, mask, fine-tune."""
+
+    kind: Literal["prune"]
+    criterion: Criterion
+    schedule: Schedule = OneShot(kind="one_shot")
+    finetune: Recovery | None = None
+    guard: Guard | None = None
+    search: Search | None = None
+
+    @model_validator(mode="after")
+    def _rounds_have_levels(self) -> Prune:
+        word = self.target.word if self.target else "table"
+        if self.schedule.kind == "iterative" and self.schedule.rounds > 1 and word not in {"sparsity", "keep"}:
+            raise ValueError(
+                f"an iterative schedule climbs to a sparsity: its target is sparsity or keep, not {word}; "
+                "write `schedule: {kind: one_shot}`"
+            )
+        if self.search is not None:
+            if word not in {"threshold", "sparsity", "percentile"}:
+                raise ValueError(f"search tries values of threshold, sparsity or percentile, not of {word}")
+            if self.schedule.kind != "one_shot":
+                raise ValueError("search goes with `schedule: {kind: one_shot}`")
+        return self
+
+
+class Latency(Frozen):
+    """Which batches are timed."""
+
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 64)
+
+
+class Evaluate(Stage):
+    """Measures networks on the untouched test split, side by side with the dense one."""
+
+    kind: Literal["evaluate"]
+    of: str | tuple[str, ...] | None = Field(default=None, description="the networks; left out, the stage above")  # type: ignore[assignment]
+    latency: Latency | None = Latency()
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The networks it names."""
+        if self.after:
+            return (self.after,)
+        return (self.of,) if isinstance(self.of, str) else tuple(self.of or ())
+
+
+AnyStage = Annotated[Train | Score | Mask | Finetune | Prune | Evaluate, Field(discriminator="kind")]
+
+
+class Recipe(Frozen):
+    """What is wanted: data, model, objective and the stages from training to evaluation."""
+
+    name: Name
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    data: Data
+    model: Model
+    objective: str = Field(
+        default="classification",
+        description="classification, regression, reconstruction, or `module:loss`",
+        examples=["classification", "regression", "reconstruction", "my_pkg.losses:loss"],
+    )
+    stages: dict[Name, AnyStage] = Field(min_length=1)
+    matrix: Matrix | None = Field(default=None, description="{dotted.path: [values]}: one recipe for each combination")
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_follow_stages(cls, stages: dict[str, Any]) -> dict[str, Any]:
+        check_wiring(stages)
+        return stages

@@ -1,0 +1,133 @@
+"""What came of a run: `STORE/runs/<name>/run.json`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from prune_jax.checkpoints import Store, versions
+from prune_jax.plan import Plan
+from prune_jax.progress import listeners
+from prune_jax.recipe import StageCall, StageResult
+
+
+class Run:
+    """Gathers the record of one run.
+
+    Args:
+        plan: what is to be done.
+        store: where the record will lie.
+        name: the run's name.
+    """
+
+    def __init__(self, plan: Plan, store: Store, name: str):
+        self.plan, self.store, self.name = plan, store, name
+        self.clock = time.perf_counter()
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.listeners = listeners.get()  # asked here: results come from threads that know no context
+        self.begun: dict[str, tuple[StageCall, float]] = {}
+
+    def begin(self, call: StageCall) -> None:
+        """Notes that a call was started."""
+        self.begun[call.name] = (call, time.perf_counter() - self.clock)
+
+    def end(self, call: StageCall, result: StageResult) -> None:
+        """Tells who listens that a call is done."""
+        self.listeners.finished(call.name, call.label, result.status, result.seconds, _told(result))
+
+    def finish(self, results: Mapping[str, StageResult]) -> dict[str, Any]:
+        """Writes the record and answers it."""
+        stages = {name: self._stage(name, result) for name, result in results.items()}
+        evaluated = self._results(results)
+        failed = [r for r in results.values() if r.status == "failed"]
+        record = {
+            "name": self.name,
+            "recipe": self.plan.recipe.model_dump(mode="json", exclude_unset=True),
+            "started": self.started,
+            "seconds": round(time.perf_counter() - self.clock, 3),
+            "status": "failed" if failed else "completed",
+            "user_mistake": any(r.user_mistake for r in failed),
+            "message": f"{failed[0].name} failed: {failed[0].message}" if failed else _headline(stages, evaluated),
+            "versions": versions(),
+            "devices": _devices(stages),
+            "store": str(self.store.root),
+            "stages": stages,
+            "results": evaluated,
+        }
+        self.store.write_record(record)
+        return record
+
+    def _stage(self, name: str, result: StageResult) -> dict[str, Any]:
+        call, begin = self.begun.get(name, (None, None))
+        call = call or next((c for c in self.plan.calls if c.name == name), None)
+        meta = self.store.meta(result.ref) if result.good else None
+        return {
+            "kind": result.kind,
+            "key": result.key,
+            "label": call.label if call else name,
+            "status": result.status,
+            "seconds": round(result.seconds, 3),
+            "made_in_seconds": (meta or {}).get("seconds", result.seconds),
+            "begin": None if begin is None else round(begin, 3),
+            "after": list(self.plan.after.get(name, self._turn_parents(call))),
+            "message": result.message,
+            "row": dict(call.facts.get("row", {})) if call else {},
+            "metrics": result.metrics,
+        }
+
+    def _turn_parents(self, call: StageCall | None) -> list[str]:
+        if call is None:
+            return []
+        keys = {ref.key for ref in call.inputs.values()}
+        everybody = [*self.plan.calls, *(begun for begun, _ in self.begun.values())]
+        return list(dict.fromkeys(c.name for c in everybody if c.key in keys))
+
+    def _results(self, results: Mapping[str, StageResult]) -> dict[str, Any]:
+        """One entry for each network that was evaluated; the first evaluation of a network counts."""
+        found: dict[str, Any] = {}
+        rows = {call.name: call.facts.get("row", {}) for call in self.plan.calls}
+        for call in self.plan.calls:
+            result = results.get(call.name)
+            if call.kind != "evaluate" or result is None or not result.good:
+                continue
+            for name, ref in call.inputs.items():
+                entry = {"kind": ref.kind, "key": ref.key, "row": rows.get(name, {})}
+                found.setdefault(name, {**result.metrics[ref.key], **entry})
+        return found
+
+
+def _told(result: StageResult) -> str:
+    """The one figure of a stage that people look for."""
+    if not result.good:
+        return result.message.partition("\n")[0]
+    words = [] if result.status == "ran" else [result.status]
+    for metric in ("accuracy", "mse"):
+        if (value := result.metrics.get(f"validation_{metric}")) is not None:
+            words.append(f"validation {metric} {value:.4g}")
+    if sparsity := result.metrics.get("sparsity"):
+        words.append(f"{100 * sparsity:.3g} % sparse")
+    return ", ".join(words)
+
+
+def _headline(stages: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """`90 % sparse at accuracy 0.951 (-0.004)`: the sparsest network that was evaluated, against the dense one."""
+    if all(stage["status"] == "cached" for stage in stages.values()):
+        return f"nothing to compute: all {len(stages)} stages cached"
+    if not results:
+        return f"{sum(s['status'] == 'ran' for s in stages.values())} stages ran"
+    dense = min(results.values(), key=lambda r: r["sparsity"])
+    sparse = max(results.values(), key=lambda r: r["sparsity"])
+    metric = next((m for m in ("accuracy", "mse") if m in sparse), "loss")
+    change = sparse[metric] - dense[metric]
+    return f"{100 * sparse['sparsity']:.3g} % sparse at {metric} {sparse[metric]:.4g} ({change:+.3g})"
+
+
+def _devices(stages: Mapping[str, Any]) -> list[str]:
+    """The devices that were used; none if nothing was computed."""
+    if all(stage["status"] == "cached" for stage in stages.values()):
+        return []
+    import jax
+
+    kinds = [device.device_kind for device in jax.devices()]
+    return [f"{kind} x{kinds.count(kind)}" for kind in dict.fromkeys(kinds)]

@@ -1,0 +1,89 @@
+"""Name -> entry. Unknown names are answered with near ones; plug-ins register through entry points."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from prune_jax.errors import UserMistake, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of named entries of one kind.
+
+    Args:
+        kind: what the entries are, for messages: `"criterion"`.
+        group: the entry-point group in which other packages announce theirs: `"prune_jax.criteria"`.
+    """
+
+    def __init__(self, kind: str, group: str):
+        self.kind = kind
+        self._group = group
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> T:
+        """Enters `entry` under `name`; a name is given once."""
+        if name in self._entries:
+            raise ValueError(f"{self.kind} {name!r} is registered twice; choose another name.")
+        self._entries[name] = entry
+        return entry
+
+    def names(self) -> tuple[str, ...]:
+        """All names, ours first, then those of installed plug-ins."""
+        plugins = (p.name for p in entry_points(group=self._group) if p.name not in self._entries)
+        return (*self._entries, *plugins)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or any(p.name == name for p in entry_points(group=self._group))
+
+    def __getitem__(self, name: str) -> T:
+        """The entry called `name`; raises `UserMistake` with the known names otherwise."""
+        if name not in self._entries:
+            for plugin in entry_points(group=self._group):
+                if plugin.name == name:
+                    entry = plugin.load()
+                    self._entries.setdefault(name, entry)  # loading may have registered it already
+                    break
+            else:
+                raise UserMistake(
+                    f"{self.kind} {name!r} is not known{did_you_mean(name, self.names())} "
+                    f"(known: {', '.join(self.names())})"
+                )
+        return self._entries[name]
+
+
+def load_object(reference: str) -> Any:
+    """Imports what `"package.module:object"` names.
+
+    >>> load_object("math:hypot")(3, 4)
+    5.0
+    """
+    module_name, _, attribute = reference.partition(":")
+    if not module_name or not attribute:
+        raise UserMistake(f"{reference!r} is not of the form 'package.module:object'.")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if missing != module_name and not module_name.startswith(missing + "."):
+            raise UserMistake(
+                f"{reference!r} could not be imported: it needs {missing!r}, which is missing."
+            ) from error
+        raise UserMistake(
+            f"{reference!r} could not be imported: no module {missing!r}. "
+            "Install its package, or add its folder to PYTHONPATH."
+        ) from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            known = [n for n in vars(found) if not n.startswith("_")]
+            raise UserMistake(f"{module_name!r} has no {attribute!r}{did_you_mean(part, known)}")
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,206 @@
+"""The report as one HTML file: the facts of a run, put into `page.html`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from prune_jax.checkpoints import Store
+from prune_jax.report import charts, dag, facts, tables
+from prune_jax.report.tables import Record
+
+FILES = resources.files("prune_jax.report")
+
+
+def page(store: Store, record: Record) -> str:
+    """The whole page; what the record or the store lacks is left out."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "percent": tables.percent,
+        "duration": dag.duration,
+        "count": "{:,}".format,
+        "breakable": breakable,
+    }
+    template = environment.from_string((FILES / "page.html").read_text("utf-8"))
+    record = {"recipe": {}, "stages": {}, "results": {}, **record}
+    arrays = facts.Arrays(store)
+    networks = facts.shown_networks(record)
+    return template.render(
+        record=record,
+        css=Markup((FILES / "page.css").read_text("utf-8")),
+        headline=headline(record),
+        messages=messages(record),
+        results=tables.results_table(record),
+        notes=sorted({n for r in record["results"].values() for n in r.get("notes", [])}),
+        sparsity=_sparsity(store, record),
+        layers=layers(record),
+        weights=_weights(arrays, record, networks),
+        losses=_losses(arrays, record, networks),
+        searches=facts.search_of(store, record),
+        dag={"right": dag.dag(record, down=False), "down": dag.dag(record, down=True), "reduced": dag.is_large(record)},
+        bars=dag.bars_of(record),
+        signs=dag.SIGNS,
+        recipe=yaml.safe_dump(
+            record.get("recipe", {}), sort_keys=False, allow_unicode=True, default_flow_style=None, width=96
+        ),
+        missing=list(dict.fromkeys(arrays.missing)),
+    )
+
+
+def headline(record: Record) -> dict[str, str]:
+    """What came of the run in one sentence, and what that sentence is about."""
+    failed = [n for n, s in record["stages"].items() if s["status"] == "failed"]
+    metric, best = tables.primary_metric(record), facts.best_of(record)
+    if failed or record.get("status") == "failed":
+        return {"text": f"Failed at {', '.join(failed)}" if failed else "Failed", "about": ""}
+    if best is None:
+        dense = next(((n, r) for n, r in record["results"].items() if metric in r), None)
+        if dense is None:
+            return {"text": "No network was evaluated", "about": ""}
+        return {"text": f"{metric} {_value(metric, dense[1][metric])}", "about": f"{dense[0]}; nothing was pruned"}
+    versus = ""
+    if best["difference"] is not None:
+        by_ratio = metric not in tables.HIGHER_IS_BETTER
+        versus = (
+            tables.versus((metric,), best["value"], best["dense"]) if by_ratio else tables.signed(best["difference"], 3)
+        )
+    about = [f"mean of {len(best['names'])} seeds"] if len(best["names"]) > 1 else []
+    if best["of"] > 1:
+        about = [best["name"], *about, f"the sparsest of {best['of']}"]
+    text = f"{_rounded(best['sparsity'])} % sparse at {metric} {_value(metric, best['value'])}"
+    return {"text": text + (f" ({versus})" if versus else ""), "about": ", ".join(about)}
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken after its commas and brackets, so that long ones fit.
+
+    >>> breakable("prune[a=<b>,seed=0]")
+    Markup('prune[<wbr>a=&lt;b&gt;,<wbr>seed=0]')
+    """
+    return Markup(re.sub(r"([,\[/.])(?=\D)", r"\1<wbr>", str(escape(name))))
+
+
+def _rounded(sparsity: float) -> str:
+    return (
+        f"{100 * sparsity:.2f}".rstrip("0").rstrip(".")
+        if sparsity > 0.99
+        else f"{100 * sparsity:.1f}".removesuffix(".0")
+    )
+
+
+def _value(metric: str, value: float) -> str:
+    return f"{value:.3f}" if metric == "accuracy" else tables.shown((metric,), value)
+
+
+def messages(record: Record) -> list[tuple[str, str, str]]:
+    """(stage, status, message) of what stages had to say: failures first, then guards."""
+    told = [(n, s["status"], s["message"]) for n, s in record["stages"].items() if s.get("message")]
+    order = {"failed": 0, "ran": 1, "cached": 1, "skipped": 2}
+    return sorted(told, key=lambda m: order[m[1]])
+
+
+def layers(record: Record) -> dict[str, Any] | None:
+    """The sparsity of each prunable layer of each pruned network."""
+    pruned = {n: r for n, r in record["results"].items() if r.get("kind") != "train" and r.get("layers")}
+    paths = dict.fromkeys(p for r in pruned.values() for p, layer in r["layers"].items() if layer.get("prunable"))
+    if not paths:
+        return None
+    cells = {p: {n: r["layers"][p] for n, r in pruned.items() if p in r["layers"]} for p in paths}
+    return {"networks": list(pruned), "cells": cells, "many": len(pruned) > tables.MANY}
+
+
+def _sparsity(store: Store, record: Record) -> dict[str, Any] | None:
+    series = facts.series_of(store, record)
+    if not any(s.lines or s.breached or s.label != "dense" for s in series):
+        return None
+    metric = tables.primary_metric(record)
+    floor = _floor(record, metric)
+    pruned = [s for s in series if s.label != "dense"]
+    direct = len(pruned) <= 6 and all(len(s.label) <= 24 for s in pruned)
+    return {
+        "wide": charts.sparsity_chart(series, metric, width=960, height=380, floor=floor, direct=direct),
+        "narrow": charts.sparsity_chart(series, metric, width=340, height=280, floor=floor, direct=False),
+        "legend": charts.series_colours(series),
+        "direct": direct,
+        "metric": metric,
+        "lines": any(s.lines for s in series),
+        "breached": any(s.breached for s in series),
+        "tests": any(s.tests for s in series),
+        "joined": any(len(s.lines) > 1 for s in series),
+        "seeds": any(p.high > p.low for s in series for p in (*s.tests, *(q for line in s.lines for q in line))),
+        "floor": floor,
+    }
+
+
+def _floor(record: Record, metric: str) -> float | None:
+    """The limit that the guards set, if all prune stages have the same one."""
+    limits = set()
+    for name, stage in record["stages"].items():
+        if stage["kind"] != "prune":
+            continue
+        guard = _stage_of(record, name).get("guard") or {}
+        told = f"validation_{metric}"
+        start = next(
+            (s["metrics"] for p in _ancestors(record, name) if told in (s := record["stages"][p]).get("metrics", {})),
+            None,
+        )
+        drop = guard.get("max_drop")
+        if guard.get("metric") != metric or drop is None or start is None:
+            return None
+        limits.add(start[told] - drop if metric in tables.HIGHER_IS_BETTER else start[told] + drop)
+    return limits.pop() if len(limits) == 1 else None
+
+
+def _ancestors(record: Record, name: str) -> list[str]:
+    """The trainings from which a stage descends."""
+    seen: list[str] = []
+    ahead = [name]
+    while ahead:
+        here = ahead.pop()
+        stage = record["stages"].get(here)
+        if stage and here not in seen:
+            seen.append(here)
+            ahead += stage.get("after", [])
+    return [n for n in seen if record["stages"][n]["kind"] == "train"]
+
+
+def _stage_of(record: Record, name: str) -> Mapping[str, Any]:
+    return record.get("recipe", {}).get("stages", {}).get(facts.base_name(name), {})
+
+
+def _weights(arrays: facts.Arrays, record: Record, networks: list[str]) -> dict[str, Any] | None:
+    layers = facts.histograms(arrays, record, networks)
+    if not layers:
+        return None
+    dense = next((d for n in networks if (d := tables.dense_of(record, n))), None)
+    shown = [n for n in networks if any(n in layer.counts for layer in layers)]
+    total = sum(r.get("kind") != "train" for r in record["results"].values())
+    return {
+        "layers": [(layer, charts.histogram_chart(layer, dense, networks)) for layer in layers],
+        "legend": [(dense, "dense")] * (dense is not None)
+        + [(n, f"c{networks.index(n) % charts.COLOURS}") for n in shown],
+        "left_out": total - len(shown),
+        "full": len(layers) == facts.SHOWN_LAYERS,
+    }
+
+
+def _losses(arrays: facts.Arrays, record: Record, networks: list[str]) -> list[dict[str, Any]]:
+    panels = facts.loss_panels(arrays, record, networks)
+    return [
+        {
+            "title": panel.title,
+            "wide": charts.loss_chart(panel, width=480, height=240),
+            "narrow": charts.loss_chart(panel, width=340, height=200),
+            "legend": [(n.label, f"c{i % charts.COLOURS}") for i, n in enumerate(panel.networks)],
+            "several": len(panel.networks) > 1,
+            "rounds": max(len(n.parts) for n in panel.networks),
+            "left_out": panel.left_out,
+        }
+        for panel in panels
+    ]

@@ -1,0 +1,250 @@
+"""What a `prune` stage does: rounds of score, mask and fine-tune, whose next call depends on the last result.
+
+A generator yields calls to be run side by side and is sent their results; so a plain loop and a flow drive the same
+rounds, and this room knows nothing of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from prune_jax import schedules
+from prune_jax.errors import GuardBreachError
+from prune_jax.objectives import objective
+from prune_jax.plan import finetune_call, mask_call, rewind_call, score_call, train_call
+from prune_jax.recipe import Prune, Ref, StageCall, StageResult
+
+Rounds = Generator[list[StageCall], list[StageResult], StageCall]
+HIGHER_IS_BETTER = {"accuracy"}
+
+
+def is_better(metric: str, a: float, b: float) -> bool:
+    """Whether `a` is better than `b`."""
+    return a > b if metric in HIGHER_IS_BETTER else a < b
+
+
+@dataclass
+class _Turns:
+    """Numbers the turns of one prune stage and makes their calls."""
+
+    call: StageCall
+    stage: Prune
+    turn: int = 0
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, network: Ref, target: Mapping[str, Any], level: str, **where: Any) -> Generator:
+        """One turn: score, mask, fine-tune; answers the last result."""
+        self.turn += 1
+        scored = yield [self._score(network, level, **where)]
+        masked = yield [self._mask(network, scored[0].ref, target, level, **where)]
+        result = masked[0]
+        if self.stage.finetune:
+            recovery = self._finetune(result.ref, level, **where)
+            if "rewind" in recovery.inputs:
+                yield [rewind_call(self.call.settings["finetune"]["rewind"], self._origin(**where), self._name())]
+            result = (yield [recovery])[0]
+        return result
+
+    def _name(self, word: str = "") -> str:
+        return f"{self.call.name}.{self.turn}" + (f".{word}" if word else "")
+
+    def _origin(self, origin: StageCall | None = None) -> StageCall:
+        found = origin or self.call.origin
+        assert found is not None  # the plan gives every prune stage one
+        return found
+
+    def _shared(self, **where: Any) -> dict[str, Any]:
+        origin = self._origin(**where)
+        return {"problem": origin.problem, "origin": origin, "operation": self.call.operation}
+
+    def _score(self, network: Ref, level: str, **where: Any) -> StageCall:
+        settings = _only(self.call.settings, "criterion", "granularity", "exclude")
+        return score_call(
+            self._name("score"),
+            settings=settings,
+            seed=self.call.seed,
+            network=network,
+            level=level,
+            **self._shared(**where),
+        )
+
+    def _mask(self, network: Ref, scores: Ref, target: Mapping[str, Any], level: str, **where: Any) -> StageCall:
+        settings = {**_only(self.call.settings, "scope", "min_keep"), **target, "granularity": self.stage.granularity}
+        return mask_call(
+            self._name("mask"), settings=settings, network=network, scores=scores, level=level, **self._shared(**where)
+        )
+
+    def _finetune(self, network: Ref, level: str, **where: Any) -> StageCall:
+        settings = dict(self.call.settings["finetune"])
+        rewind = rewind_call(settings.pop("rewind", None), self._origin(**where), self._name())
+        return finetune_call(
+            self._name("finetune"),
+            settings=settings,
+            seed=self.call.seed,
+            network=network,
+            rewind=rewind.ref if rewind else None,
+            level=level,
+            **self._shared(**where),
+        )
+
+
+def prune_rounds(call: StageCall, metrics_of: Callable[[Ref], Mapping[str, Any]]) -> Rounds:
+    """Drives one prune stage.
+
+    Args:
+        call: the stage.
+        metrics_of: the metrics of a finished artifact.
+
+    Yields:
+        Calls to be run side by side; it is sent their results, all of them good.
+
+    Returns:
+        The call that publishes the chosen network.
+
+    Raises:
+        GuardBreachError: the guard was breached and its action is `fail`.
+    """
+    stage = Prune.model_validate({"kind": "prune", **call.settings})
+    turns = _Turns(call, stage)
+    found: dict[str, Any] = {}
+    if stage.search:
+        found = yield from _search(turns)
+        stage = stage.model_copy(
+            update={"target": stage.target.model_copy(update={stage.target.word: found["chosen"]})}
+        )
+        turns.stage = stage
+    dense = dict(metrics_of(call.origin.ref if call.origin else call.inputs["network"]))
+    network, message = yield from _climb(turns, dense)
+    facts = {"rounds": turns.facts, "message": message, **({"search": found} if found else {})}
+    return call.model_copy(update={"inputs": {**call.inputs, "result": network}, "facts": facts})
+
+
+def _climb(turns: _Turns, dense: Mapping[str, Any]) -> Generator:
+    """Round after round until the target or the guard; answers the network and what there is to say."""
+    stage, guard = turns.stage, turns.stage.guard
+    best, low, message = turns.call.inputs["network"], 0.0, ""
+    for target, level in _targets(stage):
+        result = yield from turns.run(best, target, _shown(target, level))
+        breach = guard and _breach(guard, dense, result)
+        turns.facts.append(_fact(turns.turn, level, result, breach))
+        if not breach:
+            best, low = result.ref, level
+            continue
+        message = f"stopped at round {turns.turn}: {breach}"
+        if guard.breach.action == "fail":
+            raise GuardBreachError(
+                f"{turns.call.name}: the guard was breached at round {turns.turn}: {breach}. "
+                "Ask for less, fine-tune longer, or set `guard.breach.action` to stop or back_off."
+            )
+        if guard.breach.action == "back_off" and level is not None:
+            best, message = yield from _back_off(turns, dense, best, low, level)
+        break
+    return best, message
+
+
+def _back_off(turns: _Turns, dense: Mapping[str, Any], best: Ref, low: float, high: float) -> Generator:
+    """Bisects between the last good level and the breached one; answers the sparsest good network."""
+    guard = turns.stage.guard
+    start = best
+    for _ in range(guard.breach.tries):
+        level = round((low + high) / 2, 6)
+        result = yield from turns.run(start, {"target": {"sparsity": level}}, f"{level:.3g}")
+        breach = _breach(guard, dense, result)
+        turns.facts.append(_fact(turns.turn, level, result, breach))
+        if breach:
+            high = level
+        else:
+            best, low = result.ref, level
+    return best, f"backed off to {low:.3g}: {high:.3g} breached the guard"
+
+
+def _targets(stage: Prune) -> list[tuple[dict[str, Any], float | None]]:
+    """The mask settings of each round and its level of sparsity, where it is known beforehand."""
+    if stage.target is None:
+        return [({}, None)]
+    word, amount = stage.target.word, stage.target.amount
+    rounds = getattr(stage.schedule, "rounds", 1)
+    if rounds == 1:
+        return [({"target": {word: amount}}, amount if word == "sparsity" else None)]
+    levels = stage.schedule.levels
+    if word == "keep":
+        return [
+            ({"target": {word: amount}, "climb": {"round": r, "rounds": rounds, "levels": levels}}, None)
+            for r in range(1, rounds + 1)
+        ]
+    climb = schedules.iterative(amount, rounds=rounds, levels=levels)
+    return [({"target": {"sparsity": round(level, 6)}}, round(level, 6)) for level in climb]
+
+
+def _shown(target: Mapping[str, Any], level: float | None) -> str:
+    if level is not None:
+        return f"{level:.3g}"
+    if not target:
+        return "table"
+    word, amount = next(iter(target["target"].items()))
+    climb = target.get("climb")
+    return f"{word} {amount}" + (f" {climb['round']}/{climb['rounds']}" if climb else "")
+
+
+def _breach(guard: Any, dense: Mapping[str, Any], result: StageResult) -> str:
+    """Says how the guard was breached; nothing if it was not."""
+    name = f"validation_{guard.metric}"
+    before, now = dense[name], result.metrics[name]
+    drop = before - now if guard.metric in HIGHER_IS_BETTER else now - before
+    if drop <= guard.max_drop:
+        return ""
+    return (
+        f"{guard.metric} went from {before:.4g} to {now:.4g}, worse by {drop:.4g}; the guard allows {guard.max_drop:g}"
+    )
+
+
+def _fact(turn: int, level: float | None, result: StageResult, breach: str | None) -> dict[str, Any]:
+    return {
+        "round": turn,
+        "level": level,
+        "kind": result.kind,
+        "key": result.key,
+        "kept": not breach,
+        "metrics": {k: v for k, v in result.metrics.items() if isinstance(v, int | float)},
+    }
+
+
+def _search(turns: _Turns) -> Generator:
+    """k-fold cross-validation of the target's values; answers the table and the chosen value."""
+    call, stage = turns.call, turns.stage
+    search, origin = stage.search, turns._origin()
+    word = stage.target.word
+    metric = search.metric or objective(call.problem.objective).primary
+    folds = [_on_fold(origin, i, search.folds, call.name) for i in range(search.folds)]
+    yield folds
+    values: dict[float, list[float]] = {a: [] for a in search.amounts}
+    sparsities: dict[float, list[float]] = {a: [] for a in search.amounts}
+    for fold in folds:
+        for amount in search.amounts:
+            result = yield from turns.run(fold.ref, {"target": {word: amount}}, f"{word} {amount:g}", origin=fold)
+            values[amount].append(result.metrics[f"validation_{metric}"])
+            sparsities[amount].append(result.metrics["sparsity"])
+    table = [
+        {word: a, "folds": values[a], "mean": fmean(values[a]), "sparsity": fmean(sparsities[a])}
+        for a in search.amounts
+    ]
+    best = table[0]["mean"]
+    for row in table:
+        if is_better(metric, row["mean"], best):
+            best = row["mean"]
+    near = [row for row in table if abs(row["mean"] - best) <= search.tolerance]
+    chosen = max(near, key=lambda row: row["sparsity"])
+    return {"metric": metric, "over": word, "table": table, "chosen": chosen[word]}
+
+
+def _on_fold(origin: StageCall, fold: int, folds: int, name: str) -> StageCall:
+    problem = origin.problem.model_copy(update={"fold": (fold, folds)})
+    call = train_call(f"{name}.fold {fold + 1}", problem, origin.settings, origin.seed, operation=origin.operation)
+    return call.model_copy(update={"label": f"train · fold {fold + 1} of {folds}"})
+
+
+def _only(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: settings[name] for name in names if name in settings}

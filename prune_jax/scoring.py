@@ -1,0 +1,197 @@
+"""Scores and masks in one call each: `pj.score` and `pj.mask`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from prune_jax.allocation import Scope, allocate
+from prune_jax.criteria import Criterion, find
+from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.granularity import check_granularity, living_units, unit_scores, weight_masks
+from prune_jax.masks import check_collapse, check_finite, choose
+from prune_jax.statistics import Loss, Statistics, gather
+from prune_jax.trees import PyTree, leaves_by_path, map_by_path, matches, select
+
+
+def prunable_paths(
+    params: PyTree, prunable: Iterable[str] | None = None, exclude: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Paths of the leaves that may be pruned.
+
+    Args:
+        params: any pytree of arrays, or of their shapes and types.
+        prunable: patterns of them; left out, floating leaves of two axes or more, or all floating ones if none has two.
+        exclude: patterns of those that stay dense.
+
+    >>> prunable_paths({"hidden": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+    ('hidden/kernel',)
+    """
+    leaves = leaves_by_path(params)
+    floating = {p: leaf for p, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size}
+    chosen = [p for p, leaf in floating.items() if leaf.ndim >= 2] or list(floating)
+    if prunable is not None:
+        chosen = [
+            p for p in floating if any(matches(p, pattern) for pattern in _patterns("prunable", prunable, floating))
+        ]
+    dense = _patterns("exclude", exclude, floating)
+    left = tuple(p for p in chosen if not any(matches(p, pattern) for pattern in dense))
+    if not left:
+        raise UserMistake(
+            f"there is nothing to prune: of {', '.join(leaves) or 'no parameters'} no floating leaf is left."
+        )
+    return left
+
+
+def _patterns(name: str, patterns: Iterable[str], paths: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    patterns, paths = tuple(patterns), tuple(paths)
+    for pattern in patterns:
+        if not any(matches(path, pattern) for path in paths):
+            raise UserMistake(
+                f"{name} pattern {pattern!r} fits no parameter{did_you_mean(pattern, paths)} "
+                f"(parameters: {', '.join(paths)})"
+            )
+    return patterns
+
+
+def score(
+    criterion: str | Criterion,
+    params: PyTree,
+    *,
+    loss: Loss | None = None,
+    batches: Iterable[PyTree] | None = None,
+    prunable: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    key: jax.Array | None = None,
+    options: Mapping[str, Any] | None = None,
+    granularity: str = "weight",
+) -> PyTree:
+    """Scores every prunable weight; the lowest die first.
+
+    Args:
+        criterion: a name such as `magnitude`, `module:object`, or an entry of `prune_jax.criteria`.
+        params: any pytree of arrays.
+        loss: `loss(params, batch) -> scalar`, a mean over the batch's examples; for criteria that need gradients.
+        batches: pytrees of arrays `[batch, ...]`; read once.
+        prunable: patterns of the leaves that may be pruned; left out, floating leaves of two axes or more.
+        exclude: patterns of leaves that stay dense.
+        key: a PRNG key, for criteria that draw random numbers.
+        options: of the criterion.
+        granularity: `weight`, or `neuron` for scores `[out]` of the units themselves, combined as the criterion says.
+
+    Returns:
+        float32 arrays shaped like the prunable leaves, in the containers of `params`; None for other leaves.
+
+    Raises:
+        UserMistake: a name, an option or a pattern is unknown, or what the criterion needs is missing.
+        NonFiniteScoreError: a score is NaN or infinite.
+
+    >>> score("magnitude", {"kernel": jnp.array([[-2.0, 1.0]]), "bias": jnp.ones(2)})
+    {'bias': None, 'kernel': Array([[2., 1.]], dtype=float32)}
+    """
+    entry = find(criterion) if isinstance(criterion, str) else criterion
+    options = dict(options or {})
+    entry.check_options(options)
+    check_granularity(granularity, entry.granularities)
+    paths = prunable_paths(params, prunable, exclude)
+    if entry.needs and (loss is None or batches is None):
+        raise UserMistake(
+            f"criterion {entry.name!r} needs gradients: give loss=, (params, batch) -> scalar, and batches=."
+        )
+    if entry.stochastic and key is None:
+        raise UserMistake(f"criterion {entry.name!r} draws random numbers: give key=, such as jax.random.key(0).")
+    stats = (
+        gather(entry.needs, loss, params, batches, prunable=paths) if entry.needs and loss and batches else Statistics()
+    )
+    chosen = jax.tree.map(jnp.asarray, select(params, paths))
+    scores = _scores(chosen, stats, key if entry.stochastic else None, entry.function, tuple(sorted(options.items())))
+    scores = unit_scores(scores, granularity, combine=entry.combine_with(options))
+    check_finite(scores, entry.name)
+    return scores
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _scores(params: PyTree, stats: Statistics, key: jax.Array | None, function: Any, options: tuple) -> PyTree:
+    drawn = {} if key is None else {"key": key}
+    return function(params, stats, **drawn, **dict(options))
+
+
+def mask(
+    scores: PyTree,
+    *,
+    sparsity: float | None = None,
+    keep: int | None = None,
+    threshold: float | None = None,
+    statistic: str | None = None,
+    percentile: float | None = None,
+    scope: Scope = "global",
+    granularity: str = "weight",
+    alive: PyTree | None = None,
+    min_keep: int = 0,
+    params: PyTree | None = None,
+) -> PyTree:
+    """Masks the lowest scores: exactly as many as the target says, by position among equals.
+
+    Args:
+        scores: arrays shaped like the prunable leaves, or, with `params`, like their units; None for other leaves.
+        sparsity: fraction that dies, in [0, 1), of the scored units.
+        keep: so many survive.
+        threshold: what scores below it dies.
+        statistic: `mean` or `median`: what scores below that of the living scores dies.
+        percentile: in [0, 100], interpolated linearly: what scores below it dies.
+        scope: within which set scores compete: `global`, `layer`, `erk`, or a table {pattern: sparsity} in place of a
+            target.
+        granularity: what dies together: `weight` or `neuron`, whose score is the sum of its incoming weights' scores.
+        alive: earlier masks: what is dead there stays dead, and dies first.
+        min_keep: so many units of each leaf survive whatever their scores.
+        params: the parameters; with them, the bias beside a kernel dies with its neurons.
+
+    Returns:
+        Bool arrays, True = alive, shaped like the leaves of `scores`, or of `params` if given; None for other leaves.
+
+    Raises:
+        UserMistake: the target is missing, doubled or impossible.
+        NonFiniteScoreError: a score is NaN or infinite.
+        LayerCollapseError: a leaf would be left without a living unit.
+
+    >>> mask({"w": jnp.array([3.0, 1.0, 2.0, 1.0])}, sparsity=0.5)
+    {'w': Array([ True, False,  True, False], dtype=bool)}
+    """
+    check_granularity(granularity)
+    leaves = leaves_by_path(scores)
+    weights = leaves if params is None else {p: leaf for p, leaf in leaves_by_path(params).items() if p in leaves}
+    _check_shapes(leaves, weights, granularity)
+    units = {p: jnp.asarray(leaf, jnp.float32) for p, leaf in leaves_by_path(unit_scores(scores, granularity)).items()}
+    check_finite(units)
+    living = {p: m for p, m in leaves_by_path(alive).items() if p in units}
+    living = {p: jnp.asarray(m) for p, m in leaves_by_path(living_units(living, granularity)).items()}
+    pools = allocate(
+        units,
+        scope=scope,
+        sparsity=sparsity,
+        keep=keep,
+        threshold=threshold,
+        statistic=statistic,
+        percentile=percentile,
+        alive=living,
+        shapes={p: jnp.shape(leaf) for p, leaf in weights.items()},
+        min_keep=min_keep,
+    )
+    chosen = leaves_by_path(choose(units, pools, alive=living, min_keep=min_keep))
+    check_collapse(chosen)
+    return weight_masks(map_by_path(lambda p, _: chosen[p], scores), weights, granularity, params=params)
+
+
+def _check_shapes(scores: Mapping[str, Any], weights: Mapping[str, Any], granularity: str) -> None:
+    for path, leaf in scores.items():
+        if path not in weights:
+            raise UserMistake(f"scores are named {path!r} but no parameter is (parameters: {', '.join(weights)})")
+        shape, whole = jnp.shape(leaf), jnp.shape(weights[path])
+        if shape != whole and not (granularity == "neuron" and shape == whole[-1:]):
+            raise UserMistake(f"the scores of {path!r} are {list(shape)} but the parameter is {list(whole)}")

@@ -1,0 +1,194 @@
+"""The k lowest of several arrays, without sorting and without joining them.
+
+Floats are ordered as their bit patterns are, so the k-th smallest is an integer, found by counting. XLA sorts on CPU
+a hundred times slower than it counts. A sample brackets the answer; a few passes over all values pin it down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Leaves = Sequence[jax.Array]
+Tiers = Sequence[jax.Array | None]
+
+TOP = jnp.iinfo(jnp.uint32).max
+FIRST = 1  # the key of what goes before every score
+LAST = TOP  # the key of what goes after every score
+LANES = 16  # eight-bit sums of so many comparisons; XLA would write the comparisons of a plain sum to memory
+STRIDE = 127  # one value in so many is sampled; a prime, lest a sample see one column of a matrix
+LARGE = 1 << 16  # fewer values are not worth a sample
+PAGE = 4096
+
+
+class Cut(NamedTuple):
+    """Where the k lowest end: keys below `key` are among them, and the first `ties` of those equal to it."""
+
+    key: jax.Array  # [] uint32
+    ties: jax.Array  # [] int32
+    whole: jax.Array  # [] bool: all those equal to the key are among them
+
+
+def _keys(values: jax.Array, tier: jax.Array | None) -> jax.Array:
+    """Unsigned integers in the order of the values; 0.0 and -0.0 are equal, subnormals are not zero."""
+    bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits = jnp.where(bits == -1, 0, bits)
+    keys = lax.bitcast_convert_type(bits, jnp.uint32) ^ jnp.uint32(1 << 31)
+    if tier is None:
+        return keys
+    keys = jnp.where(tier == 0, jnp.uint32(FIRST), keys)
+    return keys if tier.dtype == bool else jnp.where(tier == 2, jnp.uint32(LAST), keys)
+
+
+def _at_most(values: jax.Array, tier: jax.Array | None, key: jax.Array) -> jax.Array:
+    """`_keys(values, tier) <= key`, in one comparison; `key` is at least `FIRST` and less than `LAST`."""
+    bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+    positive = key >= jnp.uint32(1 << 31)
+    flip = jnp.where(positive, jnp.uint32(1 << 31), jnp.uint32(TOP))
+    bound = jnp.where(positive, key, jnp.minimum(key, jnp.uint32((1 << 31) - 2)))  # -0.0 is not negative
+    hits = (bits ^ flip) <= bound
+    if tier is None:
+        return hits
+    hits = hits | (tier == 0)
+    return hits if tier.dtype == bool else hits & (tier != 2)
+
+
+def _flat(leaves: Leaves, tiers: Tiers) -> list[tuple[jax.Array, jax.Array | None]]:
+    return [
+        (jnp.ravel(leaf), None if tier is None else jnp.ravel(tier)) for leaf, tier in zip(leaves, tiers, strict=True)
+    ]
+
+
+def _total(hits: Callable[[slice], jax.Array], size: int) -> jax.Array:
+    even = size - size % LANES
+    lanes = jnp.sum(hits(slice(0, even)).astype(jnp.int8).reshape(-1, LANES), axis=1, dtype=jnp.int8)
+    return jnp.sum(lanes, dtype=jnp.int32) + jnp.sum(hits(slice(even, size)), dtype=jnp.int32)
+
+
+def _count(flat: list[tuple[jax.Array, jax.Array | None]], key: jax.Array) -> jax.Array:
+    """How many keys are at most `key`."""
+
+    def of(values: jax.Array, tier: jax.Array | None) -> jax.Array:
+        return _total(lambda s: _at_most(values[s], None if tier is None else tier[s], key), values.size)
+
+    return sum((of(*pair) for pair in flat), jnp.int32(0))
+
+
+def _bracket(flat: list[tuple[jax.Array, jax.Array | None]], k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys that hold the k-th smallest between them, unless the sample deceives."""
+    size = sum(values.size for values, _ in flat)
+    if size < LARGE:
+        return jnp.uint32(0), jnp.uint32(TOP)
+    sample = jnp.concatenate([_keys(v[::STRIDE], None if t is None else t[::STRIDE]) for v, t in flat])
+    share = k.astype(jnp.float32) / size
+    margin = 3 * jnp.sqrt(sample.size * share * (1 - share)) + 3
+    return _bisect(sample, share * sample.size - margin) - 1, _bisect(sample, share * sample.size + margin)
+
+
+def _bisect(keys: jax.Array, rank: jax.Array) -> jax.Array:
+    """The smallest key that at least `rank` of a few keys do not exceed."""
+
+    def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bracket
+        middle = low + (high - low) // 2
+        enough = _total(lambda s: keys[s] <= middle, keys.size) >= rank
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    return lax.fori_loop(0, 32, halve, (jnp.uint32(0), jnp.uint32(TOP)))[1]
+
+
+def _cut(flat: list[tuple[jax.Array, jax.Array | None]], k: jax.Array) -> Cut:
+    size = sum(values.size for values, _ in flat)
+    bracket = _bracket(flat, k)
+
+    def unsettled(state: tuple) -> jax.Array:
+        low, high, _, at_high, _ = state
+        return (high - low > 1) & (at_high != k)
+
+    def narrow(state: tuple) -> tuple:
+        low, high, at_low, at_high, turn = state
+        share = (k - at_low).astype(jnp.float32) / jnp.maximum(at_high - at_low, 1).astype(jnp.float32)
+        share = jnp.where(turn % 2 == 0, 0.5, share)  # ties make interpolation crawl
+        step = (share * (high - low).astype(jnp.float32)).astype(jnp.uint32)
+        middle = jnp.where(turn == 0, bracket[0], jnp.where(turn == 1, bracket[1], low + step))
+        middle = jnp.clip(middle, low + 1, high - 1)
+        at_middle = _count(*lax.optimization_barrier((flat, middle)))  # else the loop copies all bits in front
+        enough = at_middle >= k
+        low, at_low = jnp.where(enough, low, middle), jnp.where(enough, at_low, at_middle)
+        high, at_high = jnp.where(enough, middle, high), jnp.where(enough, at_middle, at_high)
+        return low, high, at_low, at_high, turn + 1
+
+    start = (jnp.uint32(0), jnp.uint32(TOP), jnp.int32(0), jnp.int32(size), jnp.int32(0))
+    _, key, at_low, at_high, _ = lax.while_loop(unsettled, narrow, start)
+    return Cut(key, k - at_low, at_high == k)
+
+
+def _end_of_ties(tied: jax.Array, ties: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The position before which the first `ties` true values lie, and how many of them are to come after the end."""
+    pages = jnp.pad(tied, (0, PAGE - tied.size % PAGE)).reshape(-1, PAGE)
+    lanes = jnp.sum(pages.astype(jnp.int8).reshape(-1, LANES), axis=1, dtype=jnp.int8)
+    ends = jnp.cumsum(jnp.sum(lanes.reshape(-1, PAGE // LANES), axis=1, dtype=jnp.int32))
+    quota = jnp.minimum(ties, ends[-1])
+    page = jnp.searchsorted(ends, quota)
+    before = jnp.where(page == 0, 0, ends[page - 1])
+    inside = jnp.searchsorted(jnp.cumsum(pages[page].astype(jnp.int32)), quota - before)
+    return jnp.where(quota == 0, 0, page * PAGE + inside + 1).astype(jnp.int32), ties - quota
+
+
+@jax.jit
+def all_but_lowest(leaves: Leaves, tiers: Tiers, k: jax.Array) -> tuple[jax.Array, ...]:
+    """Marks all values but the k lowest of all leaves together; of equal ones the first go.
+
+    The same as `np.argsort(kind="stable")[:k]` over the leaves laid end to end, in about ten reads of memory.
+
+    Args:
+        leaves: arrays of any shapes, finite; at most 2**31 - 1 values in all.
+        tiers: for each leaf None, or an array of its shape: 0 goes before every score, 1 goes by its score (so a bool
+            array of what is alive will do) and, in integers, 2 goes after every score.
+        k: how many go; traced, so that one compilation serves a whole schedule.
+
+    Returns:
+        Bool arrays shaped like the leaves; False for the k lowest.
+    """
+    k = jnp.asarray(k, jnp.int32)
+    flat = _flat(leaves, tiers)
+    cut = _cut(flat, k)
+
+    def positions() -> tuple[jax.Array, ...]:
+        ends, ties = [], cut.ties
+        for values, tier in flat:
+            end, ties = _end_of_ties(_keys(values, tier) == cut.key, ties)
+            ends.append(end)
+        return tuple(ends)
+
+    ends = lax.cond(cut.whole, lambda: tuple(jnp.int32(values.size) for values, _ in flat), positions)
+    masks = []
+    for leaf, (values, tier), end in zip(leaves, flat, ends, strict=True):
+        keys = _keys(values, tier)
+        stays = (keys > cut.key) | ((keys == cut.key) & (jnp.arange(keys.size, dtype=jnp.int32) >= end))
+        masks.append(stays.reshape(leaf.shape))
+    return tuple(masks)
+
+
+@jax.jit
+def kth_smallest(leaves: Leaves, tiers: Tiers, k: jax.Array) -> jax.Array:
+    """The k-th smallest value (from 1) of all leaves together, counting only values of tier 1."""
+    flat = _flat(leaves, tiers)
+    key = _cut(flat, jnp.asarray(k, jnp.int32) + _count(flat, jnp.uint32(FIRST))).key
+    found = jnp.uint32(0)
+    for values, tier in flat:
+        keys = _keys(values, tier)
+        found = jnp.maximum(found, jnp.max(jnp.where(keys <= key, keys, 0), initial=0))
+    bits = lax.bitcast_convert_type(found ^ jnp.uint32(1 << 31), jnp.int32)
+    return lax.bitcast_convert_type(bits ^ ((bits >> 31) & 0x7FFFFFFF), jnp.float32)
+
+
+@jax.jit
+def count_below(leaves: Leaves, tiers: Tiers, value: jax.Array) -> jax.Array:
+    """How many values lie below `value`; all those of tier 0 do."""
+    return _count(_flat(leaves, tiers), _keys(jnp.asarray(value, jnp.float32), None) - 1)

@@ -1,0 +1,268 @@
+"""The stages: a call goes in, an artifact comes to lie in the store, a result goes out. Knows nothing of flows."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prune_jax.checkpoints import Store
+from prune_jax.datasets import Dataset, Split
+from prune_jax.evaluation import describe, evaluator, latencies
+from prune_jax.masks import apply_masks, sparsity
+from prune_jax.models import Network, Variables
+from prune_jax.objectives import inputs_of, objective
+from prune_jax.problems import dataset_of, examples_of, network_of, records_at, sample_of
+from prune_jax.progress import Progress, Report, silent
+from prune_jax.recipe import Evaluate, Optimizer, Problem, Ref, StageCall, StageResult
+from prune_jax.schedules import iterative
+from prune_jax.scoring import mask, score
+from prune_jax.trees import PyTree, leaves_by_path, map_by_path
+
+Arrays = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+class Loaded(NamedTuple):
+    """A network out of the store."""
+
+    variables: Variables
+    masks: PyTree | None
+
+
+def run_stage(call: StageCall, store: Store, *, report: Report = silent) -> StageResult:
+    """Carries out a call unless its artifact is there already.
+
+    Raises:
+        PruneError: what went wrong, and how to mend it.
+    """
+    began = time.perf_counter()
+    with store.lock(call.ref):
+        if damage := store.damage(call.ref):
+            moved = store.set_aside(call.ref)
+            report(Progress(call.name, f"{call.label}: {damage}; moved to {moved.name}, made anew", 0, 1))
+        meta, status = store.meta(call.ref), "cached"
+        if meta is None:
+            arrays, metrics = STAGES[call.kind](call, store, report)
+            seconds = round(time.perf_counter() - began, 3)
+            facts = {"call": call.model_dump(mode="json", exclude={"facts"}), "facts": call.facts}
+            meta, status = store.write(call.ref, arrays, {"metrics": metrics, "seconds": seconds, **facts}), "ran"
+    return StageResult(
+        name=call.name,
+        kind=call.kind,
+        key=call.key,
+        status=status,
+        seconds=time.perf_counter() - began,
+        metrics=meta["metrics"],
+    )
+
+
+def train(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
+    """Trains from initialisation."""
+    network = network_of(call.problem)
+    variables = jax.jit(network.init)(jax.random.key(call.seed))
+    return _fit(call, store, report, Loaded(variables, None), dataset_of(call.problem))
+
+
+def finetune(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
+    """Trains on under masks, from earlier weights if the call rewinds."""
+    start = read_network(store, call.inputs["network"])
+    if "rewind" in call.inputs:
+        start = start._replace(variables=read_network(store, call.inputs["rewind"]).variables)
+    return _fit(call, store, report, start, dataset_of(call.problem))
+
+
+def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dataset) -> tuple[Arrays, Metrics]:
+    from prune_jax.training import fit
+
+    settings = dict(call.settings)
+    optimizer = Optimizer.model_validate(settings.pop("optimizer", {}))
+    network = network_of(call.problem)
+
+    def beat(done: int, total: int, loss: float, rate: float) -> None:
+        report(Progress(call.name, call.label, done, total, "step", loss, rate))
+
+    with store.steps(call.ref) as checkpoints:
+        fitted = fit(
+            network,
+            start.variables,
+            data.train,
+            objective_name=call.problem.objective,
+            optimizer=optimizer,
+            batch_size=call.problem.data.batch_size,
+            seed=call.seed,
+            masks=start.masks,
+            checkpoints=checkpoints,
+            checkpoint_seconds=call.operation.checkpoint_seconds,
+            beat=beat,
+            **settings,
+        )
+    metrics = _validated(call.problem, fitted.variables, data)
+    if fitted.losses.size:
+        metrics["train_loss"] = float(np.mean(fitted.losses[-50:]))
+    metrics |= {"sparsity": _sparsity(start.masks), "steps": int(fitted.losses.size)}
+    if fitted.resumed_from:
+        metrics["resumed_from_step"] = fitted.resumed_from
+    return {**_arrays(fitted.variables, start.masks), "losses": fitted.losses}, metrics
+
+
+def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
+    """Scores of every prunable unit."""
+    loaded = read_network(store, call.inputs["network"])
+    data = dataset_of(call.problem)
+    criterion = call.settings["criterion"]
+    batches = _counted(data.train, call, criterion.get("batches"), report)
+    scores = score(
+        criterion["name"],
+        loaded.variables.params,
+        loss=mean_loss(network_of(call.problem), call.problem.objective, loaded.variables.state),
+        batches=batches,
+        exclude=tuple(call.settings.get("exclude", ())),
+        key=jax.random.key(call.seed),
+        options=criterion.get("options", {}),
+        granularity=call.settings.get("granularity", "weight"),
+    )
+    metrics = {"units": int(sum(leaf.size for leaf in jax.tree.leaves(scores)))}
+    return {"scores": jax.device_get(scores)}, metrics
+
+
+def _counted(split: Split, call: StageCall, most: int | None, report: Report) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of a split in its own order, the last one smaller; tells how many are through."""
+    size = call.problem.data.batch_size
+    examples = examples_of(split)
+    total = min(-(-examples // size), most or examples)
+    for i in range(total):
+        rows = range(i * size, min((i + 1) * size, examples))
+        yield records_at(split, rows)
+        report(Progress(call.name, call.label, i + 1, total, "batch"))
+
+
+def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
+    """The network under masks of its lowest scores."""
+    (params, state), alive = read_network(store, call.inputs["network"])
+    scores = _like(params, store.read(call.inputs["scores"])[0].get("scores", {}))
+    settings = call.settings
+    masks = mask(
+        scores,
+        **_target(settings, scores),
+        scope=settings.get("scope", "global"),
+        granularity=settings.get("granularity", "weight"),
+        min_keep=settings.get("min_keep", 0),
+        alive=alive,
+        params=params,
+    )
+    variables = Variables(jax.device_get(apply_masks(params, masks)), state)
+    metrics = _validated(call.problem, variables, dataset_of(call.problem)) | {"sparsity": _sparsity(masks)}
+    return _arrays(variables, jax.device_get(masks)), metrics
+
+
+def _target(settings: dict[str, Any], scores: PyTree) -> dict[str, Any]:
+    """The words of `mask` for a target; on the way to a number of survivors, the level of this round."""
+    target = settings.get("target", {})
+    climb = settings.get("climb")
+    if not climb or climb["round"] == climb["rounds"]:
+        return target
+    total = sum(leaf.size for leaf in jax.tree.leaves(scores))
+    levels = iterative(1 - target["keep"] / total, rounds=climb["rounds"], levels=climb["levels"])
+    return {"sparsity": levels[climb["round"] - 1]}
+
+
+def prune(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
+    """Publishes the network that the rounds chose."""
+    chosen = call.inputs["result"]
+    arrays, meta = store.read(chosen)
+    arrays.pop("losses", None)
+    kept = ("sparsity", "validation_")
+    return arrays, {k: v for k, v in meta["metrics"].items() if k.startswith(kept)}
+
+
+def evaluate(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
+    """Measures networks on the test split, and times them in turns."""
+    data, network = dataset_of(call.problem), network_of(call.problem)
+    loaded = {name: read_network(store, ref) for name, ref in call.inputs.items()}
+    sample = sample_of(data)
+    measure = _evaluator(network, call.problem.objective, call.problem.data.batch_size)
+    found: dict[str, Any] = {}
+    for i, (name, (variables, masks)) in enumerate(loaded.items()):
+        report(Progress(call.name, call.label, i, len(loaded) + 1, "network"))
+        found[name] = measure(variables, data.test) | describe(network, variables, masks, inputs_of(sample))
+    timed = Evaluate.model_validate({"kind": "evaluate", **call.settings}).latency
+    if timed:
+        report(Progress(call.name, f"{call.label}: latency", len(loaded), len(loaded) + 1, "network"))
+        networks = {name: (network, variables) for name, (variables, _) in loaded.items()}
+        for name, times in latencies(networks, functools.partial(_inputs, sample), timed.batch_sizes).items():
+            found[name]["latency_ms"] = times
+    return {}, {call.inputs[name].key: facts for name, facts in found.items()}
+
+
+def _inputs(sample: dict[str, np.ndarray], batch_size: int) -> tuple[np.ndarray, ...]:
+    return tuple(np.repeat(array, batch_size, axis=0) for array in inputs_of(sample))
+
+
+STAGES: dict[str, Callable[[StageCall, Store, Report], tuple[Arrays, Metrics]]] = {
+    "train": train,
+    "score": score_units,
+    "mask": mask_network,
+    "finetune": finetune,
+    "prune": prune,
+    "evaluate": evaluate,
+}
+
+
+def read_network(store: Store, ref: Ref) -> Loaded:
+    """Reads the network of an artifact."""
+    arrays, _ = store.read(ref)
+    params = arrays.get("params", {})
+    masks = _like(params, arrays["masks"]) if "masks" in arrays else None
+    return Loaded(Variables(params, arrays.get("state", {})), masks)
+
+
+def _arrays(variables: Variables, masks: PyTree | None) -> Arrays:
+    arrays = {"params": variables.params, "state": variables.state}
+    return arrays if masks is None else {**arrays, "masks": masks}
+
+
+def _like(params: PyTree, part: PyTree) -> PyTree:
+    """`part` in the containers of `params`, `None` where it holds nothing."""
+    flat = leaves_by_path(part)
+    return map_by_path(lambda path, _: flat.get(path), params)
+
+
+def _sparsity(masks: PyTree | None) -> float:
+    return 0.0 if masks is None else sparsity(masks)
+
+
+def _validated(problem: Problem, variables: Variables, data: Dataset) -> Metrics:
+    """Loss and metrics on the validation split, if there is one."""
+    if data.validation is None:
+        return {}
+    measure = _evaluator(network_of(problem), problem.objective, problem.data.batch_size)
+    return {
+        f"validation_{name}": value for name, value in measure(variables, data.validation, name="validation").items()
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def _evaluator(network: Network, objective_name: str, batch_size: int) -> Callable[..., dict[str, float]]:
+    return evaluator(network, objective(objective_name), batch_size=max(batch_size, 256))
+
+
+@functools.lru_cache(maxsize=16)
+def _loss_function(network: Network, objective_name: str) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
+    goal = objective(objective_name)
+
+    def loss(state: PyTree, params: PyTree, batch: PyTree) -> jax.Array:
+        outputs, _ = network.apply(params, state, inputs_of(batch), train=False, key=None)
+        return jnp.mean(goal.loss(outputs, batch))
+
+    return loss
+
+
+def mean_loss(network: Network, objective_name: str, state: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
+    """The resting network's mean loss, `(params, batch) -> scalar`; its state is an argument, so one compile serves all."""
+    return jax.tree_util.Partial(_loss_function(network, objective_name), state)

@@ -1,0 +1,164 @@
+"""One pass over batches for what criteria need to know of the loss.
+
+Sums stay on the device, and memory does not grow with the number of batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.trees import PyTree, leaves_by_path, select
+
+CHUNK_BYTES = 1 << 26  # gradients of single examples that may be held at once
+
+
+class Statistics(NamedTuple):
+    """Means over batches weighted by their examples; float32, shaped like the weights; None where not asked for."""
+
+    gradient: PyTree | None = None  # mean of g = dL/dw: the gradient of the whole set
+    gradient_abs: PyTree | None = None  # mean of |g| over batches
+    gradient_square: PyTree | None = None  # mean of g^2 over batches
+    example_gradient_square: PyTree | None = None  # mean over examples of g_i^2, g_i the gradient of one example alone
+
+
+_OF_BATCH: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "gradient": lambda g: g,
+    "gradient_abs": jnp.abs,
+    "gradient_square": jnp.square,
+}
+_OF_EXAMPLE = "example_gradient_square"
+
+Loss = Callable[[PyTree, PyTree], jax.Array]
+
+
+def gather(
+    needs: Iterable[str],
+    loss: Loss,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    prunable: Collection[str] | None = None,
+) -> Statistics:
+    """Gathers the fields of `Statistics` that are needed, in one pass.
+
+    Compiles once for each shape of batch, and not again in later calls with the same `loss`: one function, or a
+    `jax.tree_util.Partial` of one, whose arrays are arguments of the compiled pass.
+
+    Args:
+        needs: names of fields of `Statistics`.
+        loss: `loss(params, batch) -> scalar`, a mean over the batch's examples.
+        params: any pytree of arrays.
+        batches: pytrees of arrays whose leading axis counts examples.
+        prunable: paths of the leaves to differentiate by; left out, all floating leaves.
+
+    Returns:
+        Trees like `params`, None for other leaves.
+
+    Raises:
+        UserMistake: there is no batch, a field is unknown, or the loss is not a scalar.
+
+    >>> batches = [jnp.ones(2), jnp.zeros(2)]
+    >>> gather({"gradient"}, lambda p, x: jnp.mean(p["w"] * x), {"w": jnp.ones(())}, batches).gradient
+    {'w': Array(0.5, dtype=float32)}
+    """
+    needs = frozenset(needs)
+    loss = loss if isinstance(loss, Partial) else Partial(loss)
+    for need in needs - frozenset(Statistics._fields):
+        known = Statistics._fields
+        raise UserMistake(f"statistic {need!r} is not known{did_you_mean(need, known)} (known: {', '.join(known)})")
+    if prunable is None:
+        prunable = [path for path, leaf in leaves_by_path(params).items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    paths = frozenset(prunable)
+    sums = {need: _zeros(params, paths) for need in needs}
+    of_batch = {need: sums[need] for need in needs if need in _OF_BATCH}
+    of_example = sums.get(_OF_EXAMPLE)
+    examples = 0
+    for batch in batches:
+        count = _examples(batch)
+        if of_batch:
+            of_batch = _add_batch(of_batch, loss, params, batch, paths=paths)
+        if of_example is not None:
+            chunk = _chunk(of_example, count)
+            for start in range(0, count, chunk):
+                part = batch if chunk == count else jax.tree.map(partial(_part, start, chunk), batch)
+                of_example = _add_examples(of_example, loss, params, part, paths=paths)
+        examples += count
+    if not examples:
+        raise UserMistake(
+            "there are no batches to gather statistics from; give at least one, and no exhausted iterator."
+        )
+    found = of_batch if of_example is None else {**of_batch, _OF_EXAMPLE: of_example}
+    return Statistics(**_means(found, examples))
+
+
+def _zeros(params: PyTree, paths: frozenset[str]) -> PyTree:
+    return jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), jnp.float32), select(params, paths))
+
+
+def _examples(batch: PyTree) -> int:
+    leaves = jax.tree.leaves(batch)
+    if not leaves or not jnp.ndim(leaves[0]):
+        raise UserMistake("a batch holds no array with a leading axis of examples.")
+    return leaves[0].shape[0]
+
+
+def _part(start: int, size: int, array: Any) -> Any:
+    return array[start : start + size]
+
+
+def _chunk(sums: PyTree, count: int) -> int:
+    """Examples at once: the largest divisor of the batch whose gradients are small enough, so that one shape does."""
+    one = sum(leaf.nbytes for leaf in jax.tree.leaves(sums))
+    most = max(min(count, CHUNK_BYTES // max(one, 1)), 1)
+    return next(size for size in range(most, 0, -1) if count % size == 0)
+
+
+def _gradient(loss: Loss, params: PyTree, batch: PyTree, paths: frozenset[str]) -> PyTree:
+    """The gradient by the leaves at `paths` alone; others cost no backward pass."""
+
+    def of(chosen: PyTree) -> jax.Array:
+        value = loss(jax.tree.map(lambda c, w: w if c is None else c, chosen, params, is_leaf=_is_none), batch)
+        if jnp.shape(value) != ():
+            raise UserMistake(
+                f"the loss answered an array {list(jnp.shape(value))} but must answer one number: take its mean."
+            )
+        return value
+
+    return jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(of)(select(params, paths)))
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+@partial(jax.jit, static_argnames=("paths",), donate_argnums=0)
+def _add_batch(
+    sums: dict[str, PyTree], loss: Loss, params: PyTree, batch: PyTree, *, paths: frozenset[str]
+) -> dict[str, PyTree]:
+    gradient = _gradient(loss, params, batch, paths)
+    count = _examples(batch)
+    return {
+        need: jax.tree.map(lambda s, g, of=_OF_BATCH[need]: s + count * of(g), total, gradient)
+        for need, total in sums.items()
+    }
+
+
+@partial(jax.jit, static_argnames=("paths",), donate_argnums=0)
+def _add_examples(sums: PyTree, loss: Loss, params: PyTree, batch: PyTree, *, paths: frozenset[str]) -> PyTree:
+    def of_one(example: PyTree) -> PyTree:
+        return _gradient(loss, params, jax.tree.map(lambda a: a[None], example), paths)
+
+    gradients = jax.vmap(of_one)(batch)
+    return jax.tree.map(lambda s, g: s + jnp.sum(jnp.square(g), axis=0), sums, gradients)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _means(sums: dict[str, PyTree], examples: int) -> dict[str, PyTree]:
+    return jax.tree.map(lambda s: s / examples, sums)

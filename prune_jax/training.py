@@ -1,0 +1,311 @@
+"""One jitted step and one loop, for training and fine-tuning alike.
+
+The data, the order of an epoch and the state stay on the device; a step is one call. Steps are not fused into a
+`lax.scan`: XLA runs convolutions in a scan on CPU without its threads, eight times slower.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from prune_jax.checkpoints import Steps
+from prune_jax.datasets import GrainSplit, Split
+from prune_jax.errors import DivergedError
+from prune_jax.masks import apply_masks
+from prune_jax.models import Network, Variables
+from prune_jax.objectives import inputs_of, objective, penalty
+from prune_jax.recipe import Optimizer
+from prune_jax.sparse_training import masked
+from prune_jax.trees import PyTree
+
+BEAT_SECONDS = 0.25
+CHECKPOINT_SHARE = 20  # a checkpoint may cost one part in so many of the time
+
+
+class TrainState(NamedTuple):
+    """What a step changes, and what a step checkpoint holds."""
+
+    params: PyTree
+    state: PyTree
+    optimizer: optax.OptState
+    step: jax.Array  # [] int32
+    losses: jax.Array  # [steps] float32, filled as the steps come
+
+
+class Fitted(NamedTuple):
+    """What training answers."""
+
+    variables: Variables
+    losses: np.ndarray  # [steps]
+    resumed_from: int
+
+
+def learning_rate(optimizer: Optimizer, steps: int) -> optax.Schedule:
+    """The learning rate at each step: linear warm-up, then constant or a cosine to `decay_to` of it."""
+    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
+    if optimizer.decay_to is None:
+        after: optax.Schedule = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=optimizer.decay_to)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
+    """The optimizer of Optax that a recipe names."""
+    plain = optimizer.decay_to is None and not optimizer.warmup_steps
+    rate = optimizer.learning_rate if plain else learning_rate(optimizer, steps)
+    inner = getattr(optax, optimizer.name)(rate, **optimizer.hyperparameters())
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), inner) if optimizer.clip_norm else inner
+
+
+def length(split: Split, *, batch_size: int, epochs: float | None, steps: int | None) -> tuple[int, int]:
+    """Steps in an epoch and in all; the last, smaller batch of an epoch is left for the next epoch's order."""
+    examples = len(split) if isinstance(split, GrainSplit) else len(split["x"])
+    per_epoch = max(examples // batch_size, 1)
+    return per_epoch, steps if steps is not None else max(round((epochs or 0) * per_epoch), 1)
+
+
+@functools.lru_cache(maxsize=64)
+def make_step(
+    network: Network,
+    objective_name: str,
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    per_epoch: int,
+    batch_size: int,
+    l1: float,
+    l2: float,
+    sparse: bool,
+    gathered: bool,
+    devices: int,
+) -> Callable[..., TrainState]:
+    """Compiles one step; every later stage with the same arguments shares it.
+
+    Args:
+        network: pure functions of the model.
+        objective_name: what the loss is.
+        optimizer: how the weights move.
+        steps: length of the whole training, which a decaying learning rate depends on.
+        per_epoch: steps in an epoch.
+        batch_size: examples in a batch.
+        l1: weight of the sum of absolute weights in the loss.
+        l2: weight of half the sum of squared weights in the loss.
+        sparse: whether the optimizer's state holds masks.
+        gathered: whether batches are cut from arrays on the device, by the epoch's order, or handed in.
+        devices: over how many devices a batch is spread.
+
+    Returns:
+        `(state, data, order, key) -> state`; the state is donated.
+    """
+    goal = objective(objective_name)
+    transformation = make_optimizer(optimizer, steps)
+    if sparse:
+        transformation = masked(transformation, None)
+    spread = _spread(devices)
+
+    def step(state: TrainState, data: PyTree, order: jax.Array, key: jax.Array) -> TrainState:
+        batch = data
+        if gathered:
+            start = (state.step % per_epoch) * batch_size
+            chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))  # [batch]
+            batch = {name: jnp.take(array, chosen, axis=0, mode="clip") for name, array in data.items()}
+        if spread is not None:
+            batch = jax.lax.with_sharding_constraint(batch, spread)
+
+        def loss_of(params: PyTree) -> tuple[jax.Array, PyTree]:
+            outputs, new = network.apply(
+                params, state.state, inputs_of(batch), train=True, key=jax.random.fold_in(key, state.step)
+            )
+            loss = jnp.mean(goal.loss(outputs, batch))
+            if l1 or l2:
+                loss = loss + penalty(params, l1=l1, l2=l2)
+            return loss, new
+
+        (loss, new), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, inner = transformation.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        losses = state.losses.at[state.step].set(loss)
+        return TrainState(params, new, inner, state.step + 1, losses)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _spread(devices: int) -> NamedSharding | None:
+    """How a batch lies on several devices: each has its share of the examples, all have all weights."""
+    if devices == 1:
+        return None
+    return NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec("data"))
+
+
+def devices_for(batch_size: int) -> int:
+    """Over how many devices a batch is spread: all, if they divide it."""
+    return jax.device_count() if batch_size % jax.device_count() == 0 else 1
+
+
+def fit(
+    network: Network,
+    variables: Variables,
+    split: Split,
+    *,
+    objective_name: str,
+    optimizer: Optimizer,
+    batch_size: int,
+    seed: int,
+    epochs: float | None = None,
+    steps: int | None = None,
+    stop_step: int | None = None,
+    masks: PyTree | None = None,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    checkpoints: Steps | None = None,
+    checkpoint_seconds: float = 20.0,
+    beat: Callable[[int, int, float, float], None] = lambda done, total, loss, rate: None,
+) -> Fitted:
+    """Trains.
+
+    Args:
+        network: pure functions of the model.
+        variables: where to start; weights that `masks` prunes are set to zero first.
+        split: the training examples.
+        objective_name: what the loss is.
+        optimizer: how the weights move.
+        batch_size: examples in a batch; at most the split's.
+        seed: decides order and dropout.
+        epochs: passes over the split, or
+        steps: steps in all.
+        stop_step: stop there, as if the training were cut off; the learning rate is that of the whole training.
+        masks: `True` = alive; pruned weights and their moments stay exactly zero.
+        l1: weight of sum |w|.
+        l2: weight of sum w^2 / 2.
+        checkpoints: where step checkpoints lie; a killed training goes on from the last.
+        checkpoint_seconds: at least so long between two checkpoints.
+        beat: called a few times a second with steps done, all steps, loss and steps a second.
+
+    Raises:
+        DivergedError: the loss is not finite; step and learning rate are named.
+    """
+    examples = len(split) if isinstance(split, GrainSplit) else len(split["x"])
+    batch_size = min(batch_size, examples)
+    per_epoch, total = length(split, batch_size=batch_size, epochs=epochs, steps=steps)
+    devices = devices_for(batch_size)
+    gathered = not isinstance(split, GrainSplit)
+    step_function = make_step(
+        network,
+        objective_name,
+        optimizer,
+        steps=total,
+        per_epoch=per_epoch,
+        batch_size=batch_size,
+        l1=l1,
+        l2=l2,
+        sparse=masks is not None,
+        gathered=gathered,
+        devices=devices,
+    )
+    state = _begin(variables, optimizer, total, masks)
+    start = 0
+    if checkpoints is not None and (found := checkpoints.latest(jax.tree.map(np.asarray, state))):
+        start, state = found
+    spread = _spread(devices)
+    everywhere = None if spread is None else NamedSharding(spread.mesh, PartitionSpec())
+    state = jax.device_put(state, everywhere)
+    data = jax.device_put(dict(split), everywhere) if gathered else None  # type: ignore[call-overload]
+    key = jax.device_put(jax.random.key(seed), everywhere)
+    end = total if stop_step is None else min(stop_step, total)
+    clock = _Beats(optimizer, total, end, start, beat, checkpoints, checkpoint_seconds)
+    for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, everywhere):
+        state = step_function(state, batch, order, key)
+        clock.tick(done, state)
+    clock.finish(state)
+    params, last = jax.device_get((state.params, state.state))
+    return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start)
+
+
+def _begin(variables: Variables, optimizer: Optimizer, steps: int, masks: PyTree | None) -> TrainState:
+    transformation = make_optimizer(optimizer, steps)
+    params = jax.tree.map(jnp.array, variables.params)  # a copy: the step donates it
+    if masks is not None:
+        params = apply_masks(params, masks)
+        transformation = masked(transformation, masks)
+    inner = jax.tree.map(jnp.array, transformation.init(params))
+    state = jax.tree.map(jnp.array, variables.state)
+    return TrainState(params, state, inner, jnp.zeros((), jnp.int32), jnp.zeros((steps,), jnp.float32))
+
+
+def _batches(
+    split: Split, data: Any, start: int, end: int, per_epoch: int, batch_size: int, seed: int, everywhere: Any
+) -> Iterator[tuple[int, Any, Any]]:
+    """For each step its number from 1, the data and the epoch's order; the same from any start."""
+    if isinstance(split, GrainSplit):
+        stream = split.batches(batch_size, seed=seed, start=start)
+        for step in range(start, end):
+            yield step + 1, next(stream), None
+        return
+    examples = len(split["x"])
+    for step in range(start, end):
+        if step == start or step % per_epoch == 0:
+            order = np.random.default_rng([seed, step // per_epoch]).permutation(examples).astype(np.int32)
+            order = jax.device_put(order, everywhere)
+        yield step + 1, data, order
+
+
+class _Beats:
+    """What happens now and then while the steps run: progress, a look at the loss, a checkpoint."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total: int,
+        end: int,
+        start: int,
+        beat: Callable[[int, int, float, float], None],
+        checkpoints: Steps | None,
+        checkpoint_seconds: float,
+    ):
+        self.optimizer, self.total, self.end, self.beat = optimizer, total, end, beat
+        self.checkpoints, self.interval = checkpoints, checkpoint_seconds
+        self.last, self.last_step, self.saved = time.perf_counter(), start, time.perf_counter()
+
+    def tick(self, done: int, state: TrainState) -> None:
+        now = time.perf_counter()
+        if now - self.last < BEAT_SECONDS:
+            return
+        loss = self._look(done, state)
+        now = time.perf_counter()
+        self.beat(done, self.end, loss, (done - self.last_step) / (now - self.last))
+        self.last, self.last_step = now, done
+        if self.checkpoints is not None and now - self.saved >= self.interval:
+            self.checkpoints.save(done, state)
+            self.saved = time.perf_counter()
+            self.interval = max(self.interval, CHECKPOINT_SHARE * (self.saved - now))
+
+    def finish(self, state: TrainState) -> None:
+        if self.end:
+            loss = self._look(self.end, state)
+            self.beat(self.end, self.end, loss, 0.0)
+
+    def _look(self, done: int, state: TrainState) -> float:
+        """The last loss; refuses to go on with one that is not finite."""
+        losses = np.asarray(state.losses)[:done]
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if bad.size:
+            step = int(bad[0])
+            rate = float(learning_rate(self.optimizer, self.total)(step))
+            raise DivergedError(
+                f"the loss became {losses[step]} at step {step + 1} of {self.total}, at learning rate {rate:g} "
+                f"({self.optimizer.name}). Lower `optimizer.learning_rate`, add `optimizer.warmup_steps` or "
+                "`optimizer.clip_norm`."
+            )
+        return float(losses[-1])

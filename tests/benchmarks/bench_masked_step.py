@@ -1,0 +1,54 @@
+"""The jitted training step under masks against the dense one, with donated buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from prune_jax.scoring import mask, score
+from prune_jax.sparse_training import masked
+from tests.benchmarks.networks import NETWORKS
+from tests.benchmarks.rounds import in_turns, ratio
+
+OPTIMIZERS = {"sgd": optax.sgd(1e-2, momentum=0.9), "adam": optax.adam(1e-3), "adamw": optax.adamw(1e-3)}
+
+
+def _stepper(
+    loss: Callable, tx: optax.GradientTransformation, params: Any, batch: Any, steps: int
+) -> Callable[[], Any]:
+    def step(params, state, batch):
+        value, gradients = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    copy = lambda tree: jax.tree.map(lambda a: jax.numpy.array(a), tree)  # noqa: E731
+    held = [copy(params), copy(tx.init(params))]
+
+    def run():
+        for _ in range(steps):
+            held[0], held[1], value = jitted(*held, batch)
+        return value
+
+    return run
+
+
+def measure(rounds: int = 21) -> dict[str, float]:
+    found = {}
+    for name, network in NETWORKS.items():
+        params, loss, batches = network(batches=1)
+        masks = mask(score("magnitude", params), sparsity=0.9)
+        batch = jax.tree.map(lambda a: jax.device_put(np.asarray(a)), batches[0])
+        for optimizer, tx in OPTIMIZERS.items():
+            steps = 40 if name == "mlp" else 6
+            dense = _stepper(loss, tx, params, batch, steps)
+            again = _stepper(loss, tx, params, batch, steps)
+            sparse = _stepper(loss, masked(tx, masks), params, batch, steps)
+            seconds = in_turns({"dense": dense, "again": again, "sparse": sparse}, rounds=rounds)
+            found[f"{name} {optimizer}: masked step / dense step"] = ratio(seconds, "sparse", "dense")
+            found[f"{name} {optimizer}: dense step / dense step"] = ratio(seconds, "again", "dense")
+    return found

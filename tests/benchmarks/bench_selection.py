@@ -1,0 +1,32 @@
+"""Exact selection of the k lowest of n scores, in units of one read of the scores, and against sorting."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prune_jax.selection import all_but_lowest
+from tests.benchmarks.rounds import in_turns, ratio
+
+SORTED = 1_000_000  # more would take seconds
+
+
+def measure(rounds: int = 7) -> dict[str, float]:
+    found = {}
+    for size in (SORTED, 10_000_000):
+        scores = jnp.asarray(np.abs(np.random.default_rng(0).standard_normal(size, np.float32))).reshape(1000, -1)
+        host, total = np.asarray(scores), jax.jit(jnp.sum)
+        k = size * 9 // 10
+        ways = {
+            "choose": lambda s=scores, k=k: all_but_lowest([s], [None], k),
+            "read": lambda s=scores, total=total: total(s),
+            "np.partition": lambda h=host, k=k: np.partition(h.ravel(), k)[k] <= h,
+        }
+        if size == SORTED:
+            argsort = jax.jit(lambda s: jnp.argsort(s.ravel()))
+            ways["argsort"] = lambda s=scores, argsort=argsort: argsort(s)
+        seconds = in_turns(ways, rounds=rounds)
+        for way in ways.keys() - {"choose"}:
+            found[f"{size:,} scores: selection / {way}"] = ratio(seconds, "choose", way)
+    return found

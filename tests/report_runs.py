@@ -1,0 +1,342 @@
+"""Runs as a report may meet them, written into a store with made-up but coherent numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from prune_jax.checkpoints import Store
+from prune_jax.recipe import Ref
+
+SHAPES = {"hidden_0": (784, 300), "hidden_1": (300, 100), "output": (100, 10)}
+LEVELS = (0.369, 0.602, 0.749, 0.842, 0.9)
+VERSIONS = {"python": "3.11.2", "prune-jax": "0.1.0", "jax": "0.10.2", "flax": "0.12.8"}
+
+
+def weights(rng, shapes=SHAPES):
+    return {
+        name: {
+            "kernel": rng.normal(0, 1 / np.sqrt(shape[0]), shape).astype(np.float32),
+            "bias": rng.normal(0, 0.02, shape[1]).astype(np.float32),
+        }
+        for name, shape in shapes.items()
+    }
+
+
+def magnitude_masks(params, sparsity):
+    kernels = np.concatenate([np.abs(layer["kernel"]).ravel() for layer in params.values()])
+    cut = np.quantile(kernels, sparsity)
+    return {name: {"kernel": np.abs(layer["kernel"]) > cut} for name, layer in params.items()}
+
+
+def masked(params, masks):
+    return {
+        name: {"kernel": layer["kernel"] * masks[name]["kernel"], "bias": layer["bias"]}
+        for name, layer in params.items()
+    }
+
+
+def falling_losses(rng, steps, start, end):
+    clean = end + (start - end) * np.exp(-np.arange(steps) / (steps / 6))
+    return (clean * rng.lognormal(0, 0.35, steps)).astype(np.float32)
+
+
+def result(params, masks, *, kind, key, metric=None, row=None):
+    layers, dead, prunable = {}, 0, 0
+    for name, layer in params.items():
+        for leaf, values in layer.items():
+            alive = masks[name]["kernel"] if masks and leaf == "kernel" else np.ones(values.shape, bool)
+            layers[f"{name}/{leaf}"] = {
+                "shape": list(values.shape),
+                "size": values.size,
+                "nonzero": int(alive.sum()),
+                "prunable": bool(masks) and leaf == "kernel",
+                "sparsity": 1 - float(alive.mean()),
+            }
+            dead += int((~alive).sum())
+            prunable += values.size if leaf == "kernel" else 0
+    total = sum(v["size"] for v in layers.values())
+    macs = sum(layer["kernel"].size for layer in params.values())
+    return {
+        **(metric or {}),
+        "params": total,
+        "nonzero": total - dead,
+        "sparsity": dead / prunable,
+        "sparsity_total": dead / total,
+        "macs": macs,
+        "effective_macs": macs - dead,
+        "bytes": 4 * total + 1800,
+        "bytes_compressed": int(3.7 * (total - dead)) + 9000,
+        "kind": kind,
+        "key": key,
+        "row": row or {},
+        "layers": layers,
+        "latency_ms": {"1": {"p50": 0.0412, "p90": 0.0475}, "64": {"p50": 0.288, "p90": 0.31}},
+    }
+
+
+def stage(kind, key, label, *, begin=None, seconds=0.0, after=(), status="ran", metrics=None, message="", row=None):
+    return {
+        "kind": kind,
+        "key": key,
+        "label": label,
+        "status": status,
+        "seconds": seconds,
+        "made_in_seconds": seconds or 12.0,
+        "begin": begin,
+        "after": list(after),
+        "message": message,
+        "row": row or {},
+        "metrics": metrics or {},
+    }
+
+
+def record(name, stages, results, *, recipe=None, status="completed", seconds=40.0):
+    return {
+        "name": name,
+        "recipe": recipe or {"name": name},
+        "started": "2026-03-01T12:34:56Z",
+        "seconds": seconds,
+        "status": status,
+        "versions": VERSIONS,
+        "devices": ["cpu x2"],
+        "store": "artifacts",
+        "stages": stages,
+        "results": results,
+    }
+
+
+RECIPE = {
+    "name": "lenet-300-100",
+    "description": "LeNet-300-100 on MNIST digits, 90 % pruned by Taylor scores in five rounds",
+    "seed": 0,
+    "data": {"source": "mnist5k", "validation": 0.1, "batch_size": 64},
+    "model": {"kind": "mlp", "widths": [300, 100]},
+    "objective": "classification",
+    "stages": {
+        "train": {"kind": "train", "optimizer": {"name": "adam", "learning_rate": 0.001}, "epochs": 20},
+        "prune": {
+            "kind": "prune",
+            "criterion": "taylor",
+            "scope": "global",
+            "target": {"sparsity": 0.9},
+            "schedule": {"kind": "iterative", "rounds": 5},
+            "finetune": {"epochs": 3, "optimizer": {"name": "adam", "learning_rate": 0.0003}},
+            "guard": {"metric": "accuracy", "max_drop": 0.02},
+        },
+        "evaluate": {"kind": "evaluate", "of": ["train", "prune"], "latency": {"batch_sizes": [1, 64]}},
+    },
+}
+
+
+def one_run(store: Store, *, breach=False) -> str:
+    """Train, five rounds, evaluate; with `breach`, the guard refuses the last round."""
+    rng = np.random.default_rng(0)
+    dense = weights(rng)
+    store.write(Ref("train", "t0"), {"params": dense, "state": {}, "losses": falling_losses(rng, 1400, 2.3, 0.004)}, {})
+    metrics = {"validation_accuracy": 0.956, "validation_loss": 0.16, "sparsity": 0.0}
+    stages = {"train": stage("train", "t0", "train · mlp", begin=1.2, seconds=11.4, metrics=metrics)}
+    stages["prune"] = stage("prune", "p0", "prune · taylor · 0.9", begin=33.9, seconds=0.2, after=["train"])
+    rounds, clock, before, params, kept = [], 12.8, "train", dense, None
+    for number, (level, accuracy) in enumerate(zip(LEVELS, (0.957, 0.958, 0.955, 0.952, 0.948), strict=True), 1):
+        masks = magnitude_masks(params, level)
+        params = masked(params, masks)
+        params = masked(
+            {n: {**layer, "kernel": (layer["kernel"] * 1.04).astype(np.float32)} for n, layer in params.items()}, masks
+        )
+        refused = breach and number == 5
+        accuracy = 0.921 if refused else accuracy
+        losses = falling_losses(rng, 210, 0.02 * 1.8**number, 0.006)
+        arrays = {"params": params, "state": {}, "masks": masks, "losses": losses}
+        store.write(Ref("finetune", f"f{number}"), arrays, {})
+        metrics = {"validation_accuracy": accuracy, "validation_loss": 0.2, "sparsity": level}
+        for word, kind, seconds in (("score", "score", 0.4), ("mask", "mask", 0.3), ("finetune", "finetune", 2.9)):
+            name = f"prune.{number}.{word}"
+            stages[name] = stage(
+                kind,
+                f"{word[0]}{number}",
+                f"{word} · {level:g}",
+                begin=clock,
+                seconds=seconds,
+                after=[before],
+                metrics=metrics if word == "finetune" else {},
+            )
+            clock, before = clock + seconds + 0.35, name
+        rounds.append(
+            {
+                "round": number,
+                "level": level,
+                "kind": "finetune",
+                "key": f"f{number}",
+                "kept": not refused,
+                "metrics": metrics,
+            }
+        )
+        if not refused:
+            kept = (params, masks)
+    message = (
+        "stopped at round 5: accuracy went from 0.956 to 0.921, worse by 0.035; the guard allows 0.02" if breach else ""
+    )
+    stages["prune"]["message"] = message
+    params, masks = kept
+    store.write(
+        Ref("prune", "p0"),
+        {"params": params, "state": {}, "masks": masks},
+        {"facts": {"rounds": rounds, "message": message}},
+    )
+    stages["evaluate"] = stage(
+        "evaluate", "e0", "evaluate · train, prune", begin=clock + 0.4, seconds=4.6, after=["train", "prune"]
+    )
+    results = {
+        "train": result(dense, None, kind="train", key="t0", metric={"accuracy": 0.955, "loss": 0.1712}),
+        "prune": result(params, masks, kind="prune", key="p0", metric={"accuracy": 0.951, "loss": 0.1934}),
+    }
+    name = "breached" if breach else "lenet-300-100"
+    store.write_record(record(name, stages, results, recipe={**RECIPE, "name": name}, seconds=clock + 5.2))
+    return name
+
+
+def matrix_run(store: Store) -> str:
+    """Two criteria, three sparsities, two seeds: twelve networks."""
+    shapes = {"conv_0": (25, 16), "conv_1": (400, 32), "hidden_0": (512, 64), "output": (64, 10)}
+    stages, results, clock = {}, {}, 0.5
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        dense, name = weights(rng, shapes), f"train[seed={seed}]"
+        store.write(Ref("train", f"mt{seed}"), {"params": dense, "losses": falling_losses(rng, 900, 2.3, 0.03)}, {})
+        metrics = {"validation_accuracy": 0.981 + 0.003 * seed, "validation_loss": 0.08, "sparsity": 0.0}
+        stages[name] = stage(
+            "train", f"mt{seed}", "train · cnn", begin=clock, seconds=8.0, metrics=metrics, row={"seed": seed}
+        )
+        test = {"accuracy": 0.979 + 0.002 * seed, "loss": 0.08}
+        results[name] = result(dense, None, kind="train", key=f"mt{seed}", metric=test, row={"seed": seed})
+        clock += 1.0
+    for criterion, cost in (("magnitude", 0.05), ("taylor", 0.03)):
+        for target in (0.8, 0.9, 0.95):
+            for seed in (0, 1):
+                rng = np.random.default_rng(seed)
+                row = {"criterion": criterion, "target.sparsity": target, "seed": seed}
+                words = f"[criterion={criterion},sparsity={target},seed={seed}]"
+                key, dense = f"{criterion[0]}{target}{seed}", weights(rng, shapes)
+                rounds = []
+                for number, level in enumerate((1 - (1 - target) ** (i / 3) for i in (1, 2, 3)), 1):
+                    masks = magnitude_masks(dense, level)
+                    params = masked(dense, masks)
+                    accuracy = 0.982 - cost * level**6 + 0.004 * (seed - 0.5)
+                    metrics = {"validation_accuracy": accuracy, "sparsity": level}
+                    arrays = {"params": params, "masks": masks, "losses": falling_losses(rng, 120, 0.3, 0.05)}
+                    store.write(Ref("finetune", f"{key}r{number}"), arrays, {})
+                    rounds.append(
+                        {
+                            "round": number,
+                            "level": level,
+                            "kind": "finetune",
+                            "key": f"{key}r{number}",
+                            "kept": True,
+                            "metrics": metrics,
+                        }
+                    )
+                store.write(
+                    Ref("prune", key), {"params": params, "masks": masks}, {"facts": {"rounds": rounds, "message": ""}}
+                )
+                stages[f"prune{words}"] = stage(
+                    "prune",
+                    key,
+                    f"prune · {criterion} · {target}",
+                    begin=clock,
+                    seconds=6.0,
+                    after=[f"train[seed={seed}]"],
+                    row=row,
+                )
+                stages[f"evaluate{words}"] = stage(
+                    "evaluate",
+                    f"e{key}",
+                    f"evaluate · train, prune{words}",
+                    begin=clock + 6,
+                    seconds=1.5,
+                    after=[f"train[seed={seed}]", f"prune{words}"],
+                    row=row,
+                )
+                test = {"accuracy": accuracy - 0.002, "loss": 0.1}
+                results[f"prune{words}"] = result(params, masks, kind="prune", key=key, metric=test, row=row)
+                clock += 2.1
+    recipe = {
+        **RECIPE,
+        "name": "matrix",
+        "matrix": {"criterion": ["magnitude", "taylor"], "target.sparsity": [0.8, 0.9, 0.95], "seed": [0, 1]},
+    }
+    store.write_record(record("matrix", stages, results, recipe=recipe, seconds=clock + 7))
+    return "matrix"
+
+
+def search_run(store: Store) -> str:
+    """A regression whose threshold was searched for; its training was there already, its artifact is gone."""
+    params = {"linear": {"kernel": np.linspace(-1, 1, 30, dtype=np.float32)[:, None], "bias": np.zeros(1, np.float32)}}
+    masks = magnitude_masks(params, 0.5)
+    table = [
+        {"threshold": t, "folds": [m, m * 1.1], "mean": m * 1.05, "sparsity": s}
+        for t, m, s in ((0.01, 0.9, 0.1), (0.1, 0.91, 0.5), (0.5, 4.2, 0.8))
+    ]
+    metrics = {"validation_mse": 0.93, "validation_loss": 0.93, "sparsity": 0.5}
+    rounds = [{"round": 1, "level": None, "kind": "mask", "key": "gone", "kept": True, "metrics": metrics}]
+    facts = {
+        "rounds": rounds,
+        "message": "",
+        "search": {"metric": "mse", "over": "threshold", "table": table, "chosen": 0.1},
+    }
+    store.write(Ref("prune", "s0"), {"params": masked(params, masks), "masks": masks}, {"facts": facts})
+    dense = {"validation_mse": 0.88, "validation_loss": 0.88, "sparsity": 0.0}
+    stages = {
+        "train": stage("train", "nowhere", "train · linear", status="cached", metrics=dense),
+        "prune": stage("prune", "s0", "prune · magnitude · threshold", begin=0.3, seconds=3.0, after=["train"]),
+        "prune.fold 1": stage("train", "fold1", "train · fold 1 of 2", begin=0.4, seconds=1.0),
+        "evaluate": stage(
+            "evaluate", "se", "evaluate · train, prune", begin=3.5, seconds=1.0, after=["train", "prune"]
+        ),
+    }
+    results = {
+        "train": result(params, None, kind="train", key="nowhere", metric={"mse": 0.9012, "loss": 0.9012}),
+        "prune": result(masked(params, masks), masks, kind="prune", key="s0", metric={"mse": 0.9511, "loss": 0.9511}),
+    }
+    store.write_record(record("search", stages, results, seconds=4.7))
+    return "search"
+
+
+def failed_run(store: Store) -> str:
+    """Two rounds, the guard's breach fails; what was to follow is skipped. Its name and message hold markup."""
+    rng = np.random.default_rng(3)
+    stages = {
+        "train": stage(
+            "train",
+            "t0",
+            "train · mlp",
+            begin=0.5,
+            seconds=9.0,
+            metrics={"validation_accuracy": 0.956, "sparsity": 0.0},
+        ),
+        "prune": stage(
+            "prune",
+            "never",
+            "prune · taylor · 0.9",
+            status="failed",
+            after=["train"],
+            message="<script>alert('x')</script> the guard was breached at round 2: 0.956 to 0.9 & fell",
+        ),
+    }
+    for number, accuracy in ((1, 0.953), (2, 0.9)):
+        arrays = {"params": weights(rng), "masks": {}, "losses": falling_losses(rng, 100, 1, 0.01)}
+        store.write(Ref("finetune", f"x{number}"), arrays, {})
+        stages[f"prune.{number}.finetune"] = stage(
+            "finetune",
+            f"x{number}",
+            "finetune · 3 epochs",
+            begin=10.0 + 3 * number,
+            seconds=2.5,
+            after=["train"],
+            metrics={"validation_accuracy": accuracy, "sparsity": 0.4 * number},
+        )
+    stages["evaluate"] = stage(
+        "evaluate", "never2", "evaluate", status="skipped", after=["train", "prune"], message="prune failed"
+    )
+    recipe = {"name": "failed", "description": 'a <b>bold</b> & "quoted" recipe'}
+    store.write_record(record("failed", stages, {}, recipe=recipe, status="failed", seconds=19.0))
+    return "failed"

@@ -1,0 +1,102 @@
+"""Models as users write them, found by `tests.samples.nets:NAME`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+
+class NnxNet(nnx.Module):
+    """A list of layers, batch norm, dropout and an array that is no variable."""
+
+    def __init__(self, inputs, outputs, width=8, *, rngs):
+        self.layers = nnx.List([nnx.Linear(inputs[0], width, rngs=rngs), nnx.Linear(width, width, rngs=rngs)])
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.output = nnx.Linear(width, outputs, rngs=rngs)
+        self.scale = jnp.full(outputs, 2.0)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return self.output(self.dropout(self.norm(x))) * self.scale[None, :]
+
+
+class NnxRecurrent(nnx.Module):
+    """`nnx.RNN` keeps a random stream of its own, and is told the lengths."""
+
+    def __init__(self, inputs, outputs, *, rngs):
+        self.rnn = nnx.RNN(nnx.GRUCell(inputs[1], 6, rngs=rngs), return_carry=True)
+        self.output = nnx.Linear(6, outputs, rngs=rngs)
+
+    def __call__(self, x, lengths=None):
+        carry, _ = self.rnn(x, seq_lengths=lengths)
+        return self.output(carry)
+
+
+class NnxFlagged(nnx.Module):
+    """Is told its mode and its random stream by keyword, and calls an attribute `train`."""
+
+    def __init__(self, inputs, outputs, *, rngs):
+        self.train = "an attribute"
+        self.output = nnx.Linear(inputs[0], outputs, rngs=rngs)
+
+    def __call__(self, x, *, deterministic, rngs=None):
+        x = self.output(x)
+        return x if deterministic else x + jax.random.normal(rngs.noise(), x.shape)
+
+
+class LinenNet(linen.Module):
+    """Batch norm and dropout, told by `train`."""
+
+    outputs: int
+    width: int = 8
+
+    @linen.compact
+    def __call__(self, x, train: bool = False):
+        x = linen.relu(linen.Dense(self.width)(x))
+        x = linen.BatchNorm(use_running_average=not train)(x)
+        x = linen.Dropout(0.5, deterministic=not train)(x)
+        return linen.Dense(self.outputs)(x)
+
+
+class LinenDeterministic(linen.Module):
+    """Told by `deterministic`, the other way round; has no state."""
+
+    outputs: int
+
+    @linen.compact
+    def __call__(self, x, deterministic):
+        return linen.Dense(self.outputs)(linen.Dropout(0.5, deterministic=deterministic)(x))
+
+
+LINEN_INSTANCE = LinenNet(outputs=3)
+
+
+def make_nnx(outputs, *, rngs):
+    return NnxNet((4,), outputs, rngs=rngs)
+
+
+def make_linen(width, outputs):
+    return LinenNet(outputs=outputs, width=width)
+
+
+def make_without_rngs(outputs):
+    return NnxNet((4,), outputs, rngs=nnx.Rngs(0))
+
+
+class WrongWidth(nnx.Module):
+    def __init__(self, outputs, *, rngs):
+        self.output = nnx.Linear(99, outputs, rngs=rngs)
+
+    def __call__(self, x):
+        return self.output(x)
+
+
+class AnswersTuple(NnxNet):
+    def __call__(self, x):
+        return super().__call__(x), x
+
+
+NOT_A_MODEL = 3
