@@ -1,6 +1,7 @@
 """Prefect flows and tasks: thin over `prune_jax`, installed as `prune_jax.flows`. The one room that knows Prefect.
 
-No telemetry leaves the machine unless the user turned it on (`DO_NOT_TRACK=0`, `PREFECT_SERVER_ANALYTICS_ENABLED=true`).
+No telemetry leaves the machine unless the user turned it on: `DO_NOT_TRACK=0`,
+`PREFECT_SERVER_ANALYTICS_ENABLED=true`.
 """
 
 import os

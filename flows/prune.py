@@ -15,6 +15,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
 from prune_jax.flows.tasks import delays, stage
 
 from prune_jax.checkpoints import Store
@@ -37,7 +38,7 @@ def _run_name() -> str:
 @flow(
     name="prune",
     flow_run_name=_run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=THREADS),
+    task_runner=ThreadPoolTaskRunner(max_workers=THREADS),  # type: ignore[arg-type]
     persist_result=False,
 )
 def prune(recipe: Recipe, store: str = "artifacts", name: str | None = None, side_by_side: int | None = None) -> State:
@@ -65,7 +66,7 @@ def prune(recipe: Recipe, store: str = "artifacts", name: str | None = None, sid
             retries=call.operation.retries,
             retry_delay_seconds=delays(call.operation.retries),
             timeout_seconds=call.operation.timeout_seconds,
-        ).submit(call, store, wait_for=[futures[ref] for ref in call.inputs.values() if ref in futures])
+        ).submit(quote(call), store, wait_for=[futures[ref] for ref in call.inputs.values() if ref in futures])
         futures[call.ref] = future
         future.add_done_callback(lambda future: finish(call, _result(call, future), done))
 

@@ -32,7 +32,7 @@ class Pool(NamedTuple):
 
 
 def allocate(
-    scores: Mapping[str, jax.Array],
+    scores: Mapping[str, Any],
     *,
     scope: Scope = "global",
     sparsity: float | None = None,
@@ -231,6 +231,6 @@ def _living(leaf: jax.Array, tier: jax.Array | None) -> np.ndarray:
 def _check_floor(floor: Mapping[str, int], survivors: int, total: int, min_keep: int) -> None:
     if sum(floor.values()) > survivors:
         raise UserMistake(
-            f"min_keep = {min_keep} keeps {sum(floor.values())} units in {len(floor)} layers but the target leaves only "
-            f"{survivors} of {total}; lower min_keep or prune less"
+            f"min_keep = {min_keep} keeps {sum(floor.values())} units in {len(floor)} leaves, but the target "
+            f"leaves only {survivors} of {total}; lower min_keep or prune less"
         )

@@ -46,7 +46,8 @@ class Store:
     """Artifacts and run records below a folder or any URL that `etils.epath` can write."""
 
     def __init__(self, root: str | os.PathLike[str]):
-        self.root = epath.Path(root)
+        path = epath.Path(root)
+        self.root = path if "://" in str(root) else path.resolve()  # Orbax takes absolute paths only
 
     @property
     def local(self) -> bool:

@@ -120,7 +120,7 @@ def plan(
 
 
 @app.command(
-    epilog="Examples:\n\n  prune-jax recipes lenet-300-100 > my.yaml\n\n  prune-jax recipes --schema > recipe.schema.json"
+    epilog="Examples:\n\n  prune-jax recipes lenet-300-100 > my.yaml\n\n  prune-jax recipes --schema > schema.json"
 )
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Prints this recipe's YAML.", show_default=False)] = None,

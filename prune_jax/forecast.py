@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from prune_jax.checkpoints import Store
@@ -23,6 +24,7 @@ class Forecast(NamedTuple):
     status: str  # "cached" or "to run"
     why: str
     after: tuple[str, ...]
+    turn: bool = False  # of a prune stage
 
 
 def forecast(plan: Plan, store: Store) -> list[Forecast]:
@@ -52,7 +54,7 @@ def _turns(call: StageCall, store: Store) -> Iterator[Forecast]:
     rounds = prune_rounds(call, lambda ref: _Hopeful())
     if call.settings.get("search"):
         why = "the search decides which turns there are"
-        yield Forecast(f"{call.name}.*", "search, then rounds", "", "", "to run", why, ())
+        yield Forecast(f"{call.name}.*", "search, then rounds", "", "", "to run", why, (), turn=True)
         return
     answers: Any = None
     while True:
@@ -61,7 +63,7 @@ def _turns(call: StageCall, store: Store) -> Iterator[Forecast]:
         except StopIteration:
             return
         for sub in batch:
-            yield _row(sub, store, (), None)
+            yield _row(sub, store, (), None)._replace(turn=True)
         answers = [StageResult(name=s.name, kind=s.kind, key=s.key, status="cached", metrics=_HOPE) for s in batch]
 
 
@@ -115,11 +117,16 @@ def _short(value: Any) -> str:
 
 
 def forecast_table(name: str, rows: list[Forecast]) -> Table:
-    """The plan as a table."""
-    table = Table(
-        "stage", "what", "key", "status", "why", "after", title=f"plan of {name}", title_justify="left", box=None
-    )
+    """The plan as a table; the turns of a prune stage stand indented above it."""
+    table = Table(title=f"plan of {escape(name)}", title_justify="left", box=None, pad_edge=False)
+    for column in ("stage", "key", "status"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("why, and after what")
     for row in rows:
+        name = "" if row.turn else f"[bold]{escape(row.stage)}[/]"
+        told = f"{name}  [dim]{escape(row.label)}[/]"
         colour = "blue" if row.status == "cached" else "green"
-        table.add_row(row.stage, row.label, row.key[:12], f"[{colour}]{row.status}[/]", row.why, ", ".join(row.after))
+        after = f"after {', '.join(row.after)}" if row.after else ""
+        reason = escape("; ".join(filter(None, (row.why, after))))
+        table.add_row(told, row.key[:12], f"[{colour}]{row.status}[/]", reason)
     return table

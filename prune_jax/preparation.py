@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from prune_jax.checkpoints import Store
-from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.errors import PruneError, UserMistake, did_you_mean
 from prune_jax.plan import Plan, expand, make_plan
 from prune_jax.problems import code_of, data_of
 from prune_jax.recipe import Problem, Recipe, parents_of
@@ -52,17 +52,22 @@ def _at(recipe: str, path: str, value: Any) -> Iterator[None]:
         yield
     except UserMistake as mistake:
         raise UserMistake(f"{recipe}: {path} = {value!r}: {mistake}") from None
+    except OSError as fault:  # of the user's own function: the same recipe may work the next time
+        raise PruneError(f"{recipe}: {path} = {value!r}: {type(fault).__name__}: {fault}") from fault
 
 
 def _check_names(recipe: Recipe) -> None:
     from prune_jax.criteria import find
+    from prune_jax.datasets import check_labels
     from prune_jax.granularity import check_granularity
     from prune_jax.objectives import objective
 
-    with _at(recipe.name, "data.source", recipe.data.source):
-        data_of(recipe.data)
     with _at(recipe.name, "objective", recipe.objective):
         goal = objective(recipe.objective)
+    with _at(recipe.name, "data.source", recipe.data.source):
+        data = data_of(recipe.data)
+        if recipe.objective == "classification":
+            check_labels(data, recipe.data.source)
     for name, stage in recipe.stages.items():
         where = f"stages.{name}"
         if stage.kind in {"score", "prune"}:
@@ -125,7 +130,7 @@ def _check_targets(params: Any, recipe: Recipe) -> None:
     for name, stage in recipe.stages.items():
         if stage.kind not in {"score", "mask", "prune"}:
             continue
-        scored = recipe.stages[wiring[name][0]] if stage.kind == "mask" else stage
+        scored: Any = recipe.stages[wiring[name][0]] if stage.kind == "mask" else stage
         with _at(recipe.name, f"stages.{name}.exclude", list(scored.exclude)):
             paths = prunable_paths(params, exclude=scored.exclude)
         if stage.kind == "score" or (stage.target and stage.target.word not in {"sparsity", "keep"}):

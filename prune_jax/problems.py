@@ -103,7 +103,7 @@ def _build(model: str, shapes: tuple[tuple[tuple[int, ...], str], ...], outputs:
 
 
 def code_of(recipe: Recipe) -> dict[str, str]:
-    """The digest of the file of each function that the recipe names by `module:object`: edited code is another recipe."""
+    """The digest of the file of each `module:object` that the recipe names: edited code is another recipe."""
     references = [recipe.data.source, recipe.model.kind, recipe.objective]
     return {reference: _file_digest(reference) for reference in references if ":" in reference}
 

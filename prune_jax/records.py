@@ -91,8 +91,12 @@ class Run:
             result = results.get(call.name)
             if call.kind != "evaluate" or result is None or not result.good:
                 continue
+            dense = next((name for name, ref in call.inputs.items() if ref.kind == "train"), None)
             for name, ref in call.inputs.items():
                 entry = {"kind": ref.kind, "key": ref.key, "row": rows.get(name, {})}
+                if dense not in (None, name):  # timed in turns with this one: times of another moment do not compare
+                    timed = result.metrics[call.inputs[dense].key].get("latency_ms")
+                    entry["beside"] = {"name": dense, "latency_ms": timed}
                 found.setdefault(name, {**result.metrics[ref.key], **entry})
         return found
 
@@ -101,7 +105,7 @@ def _told(result: StageResult) -> str:
     """The one figure of a stage that people look for."""
     if not result.good:
         return result.message.partition("\n")[0]
-    words = [] if result.status == "ran" else [result.status]
+    words: list[str] = [] if result.status == "ran" else [result.status]
     for metric in ("accuracy", "mse"):
         if (value := result.metrics.get(f"validation_{metric}")) is not None:
             words.append(f"validation {metric} {value:.4g}")
@@ -113,14 +117,18 @@ def _told(result: StageResult) -> str:
 def _headline(stages: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """`90 % sparse at accuracy 0.951 (-0.004)`: the sparsest network that was evaluated, against the dense one."""
     if all(stage["status"] == "cached" for stage in stages.values()):
-        return f"nothing to compute: all {len(stages)} stages cached"
+        did = f"nothing to compute, all {len(stages)} stages cached"
+    else:
+        did = f"{sum(stage['status'] == 'ran' for stage in stages.values())} of {len(stages)} stages ran"
     if not results:
-        return f"{sum(s['status'] == 'ran' for s in stages.values())} stages ran"
+        return did
+    if any(result["row"] for result in results.values()):
+        return f"{len(results)} networks evaluated; {did}"
     dense = min(results.values(), key=lambda r: r["sparsity"])
     sparse = max(results.values(), key=lambda r: r["sparsity"])
     metric = next((m for m in ("accuracy", "mse") if m in sparse), "loss")
     change = sparse[metric] - dense[metric]
-    return f"{100 * sparse['sparsity']:.3g} % sparse at {metric} {sparse[metric]:.4g} ({change:+.3g})"
+    return f"{100 * sparse['sparsity']:.3g} % sparse at {metric} {sparse[metric]:.4g} ({change:+.3g}); {did}"
 
 
 def _devices(stages: Mapping[str, Any]) -> list[str]:

@@ -9,21 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from prune_jax import schedules
 from prune_jax.errors import GuardBreachError
 from prune_jax.objectives import objective
 from prune_jax.plan import finetune_call, mask_call, rewind_call, score_call, train_call
-from prune_jax.recipe import Prune, Ref, StageCall, StageResult
+from prune_jax.recipe import Guard, Iterative, Prune, Ref, Search, StageCall, StageResult, Target
 
-Rounds = Generator[list[StageCall], list[StageResult], StageCall]
+T = TypeVar("T")
+Dialogue = Generator[list[StageCall], list[StageResult], T]
 HIGHER_IS_BETTER = {"accuracy"}
-
-
-def is_better(metric: str, a: float, b: float) -> bool:
-    """Whether `a` is better than `b`."""
-    return a > b if metric in HIGHER_IS_BETTER else a < b
 
 
 @dataclass
@@ -35,7 +31,7 @@ class _Turns:
     turn: int = 0
     facts: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, network: Ref, target: Mapping[str, Any], level: str, **where: Any) -> Generator:
+    def run(self, network: Ref, target: Mapping[str, Any], level: str, **where: Any) -> Dialogue[StageResult]:
         """One turn: score, mask, fine-tune; answers the last result."""
         self.turn += 1
         scored = yield [self._score(network, level, **where)]
@@ -43,21 +39,25 @@ class _Turns:
         result = masked[0]
         if self.stage.finetune:
             recovery = self._finetune(result.ref, level, **where)
-            if "rewind" in recovery.inputs:
-                yield [rewind_call(self.call.settings["finetune"]["rewind"], self._origin(**where), self._name())]
+            if rewind := self._rewind(**where):
+                yield [rewind]
             result = (yield [recovery])[0]
         return result
+
+    def _rewind(self, **where: Any) -> StageCall | None:
+        return rewind_call(self.call.settings["finetune"].get("rewind"), self.origin(**where), self._name())
 
     def _name(self, word: str = "") -> str:
         return f"{self.call.name}.{self.turn}" + (f".{word}" if word else "")
 
-    def _origin(self, origin: StageCall | None = None) -> StageCall:
+    def origin(self, origin: StageCall | None = None) -> StageCall:
+        """The training from which the network descends: the plan's, or that of a fold."""
         found = origin or self.call.origin
         assert found is not None  # the plan gives every prune stage one
         return found
 
     def _shared(self, **where: Any) -> dict[str, Any]:
-        origin = self._origin(**where)
+        origin = self.origin(**where)
         return {"problem": origin.problem, "origin": origin, "operation": self.call.operation}
 
     def _score(self, network: Ref, level: str, **where: Any) -> StageCall:
@@ -78,8 +78,8 @@ class _Turns:
         )
 
     def _finetune(self, network: Ref, level: str, **where: Any) -> StageCall:
-        settings = dict(self.call.settings["finetune"])
-        rewind = rewind_call(settings.pop("rewind", None), self._origin(**where), self._name())
+        settings = {k: v for k, v in self.call.settings["finetune"].items() if k != "rewind"}
+        rewind = self._rewind(**where)
         return finetune_call(
             self._name("finetune"),
             settings=settings,
@@ -91,7 +91,7 @@ class _Turns:
         )
 
 
-def prune_rounds(call: StageCall, metrics_of: Callable[[Ref], Mapping[str, Any]]) -> Rounds:
+def prune_rounds(call: StageCall, metrics_of: Callable[[Ref], Mapping[str, Any]]) -> Dialogue[StageCall]:
     """Drives one prune stage.
 
     Args:
@@ -109,46 +109,56 @@ def prune_rounds(call: StageCall, metrics_of: Callable[[Ref], Mapping[str, Any]]
     """
     stage = Prune.model_validate({"kind": "prune", **call.settings})
     turns = _Turns(call, stage)
-    found: dict[str, Any] = {}
-    if stage.search:
-        found = yield from _search(turns)
-        stage = stage.model_copy(
-            update={"target": stage.target.model_copy(update={stage.target.word: found["chosen"]})}
-        )
-        turns.stage = stage
-    dense = dict(metrics_of(call.origin.ref if call.origin else call.inputs["network"]))
+    facts: dict[str, Any] = {}
+    if stage.search and stage.target:
+        facts["search"] = yield from _search(turns, stage.search, stage.target)
+        chosen = stage.target.model_copy(update={stage.target.word: facts["search"]["chosen"]})
+        turns.stage = stage.model_copy(update={"target": chosen})
+    dense = metrics_of(turns.origin().ref)
     network, message = yield from _climb(turns, dense)
-    facts = {"rounds": turns.facts, "message": message, **({"search": found} if found else {})}
-    return call.model_copy(update={"inputs": {**call.inputs, "result": network}, "facts": facts})
+    facts |= {"rounds": turns.facts, "message": message}
+    return call.model_copy(update={"inputs": {**call.inputs, "result": network}, "facts": {**call.facts, **facts}})
 
 
-def _climb(turns: _Turns, dense: Mapping[str, Any]) -> Generator:
+def _climb(turns: _Turns, dense: Mapping[str, Any]) -> Dialogue[tuple[Ref, str]]:
     """Round after round until the target or the guard; answers the network and what there is to say."""
-    stage, guard = turns.stage, turns.stage.guard
-    best, low, message = turns.call.inputs["network"], 0.0, ""
-    for target, level in _targets(stage):
-        result = yield from turns.run(best, target, _shown(target, level))
-        breach = guard and _breach(guard, dense, result)
-        turns.facts.append(_fact(turns.turn, level, result, breach))
-        if not breach:
-            best, low = result.ref, level
-            continue
-        message = f"stopped at round {turns.turn}: {breach}"
-        if guard.breach.action == "fail":
-            raise GuardBreachError(
-                f"{turns.call.name}: the guard was breached at round {turns.turn}: {breach}. "
-                "Ask for less, fine-tune longer, or set `guard.breach.action` to stop or back_off."
-            )
-        if guard.breach.action == "back_off" and level is not None:
-            best, message = yield from _back_off(turns, dense, best, low, level)
-        break
-    return best, message
-
-
-def _back_off(turns: _Turns, dense: Mapping[str, Any], best: Ref, low: float, high: float) -> Generator:
-    """Bisects between the last good level and the breached one; answers the sparsest good network."""
     guard = turns.stage.guard
-    start = best
+    best, low = turns.call.inputs["network"], 0.0
+    for target, level in _targets(turns.stage):
+        result = yield from turns.run(best, target, _shown(target, level))
+        breach = _breach(guard, dense, result) if guard else ""
+        turns.facts.append(_fact(turns.turn, level, result, breach))
+        if guard and breach:
+            return (yield from _after_breach(turns, guard, dense, (best, low), level, breach))
+        best, low = result.ref, level or 0.0
+    return best, ""
+
+
+def _after_breach(
+    turns: _Turns,
+    guard: Guard,
+    dense: Mapping[str, Any],
+    good: tuple[Ref, float],
+    level: float | None,
+    breach: str,
+) -> Dialogue[tuple[Ref, str]]:
+    message = f"stopped at round {turns.turn}: {breach}"
+    if guard.breach.action == "fail":
+        raise GuardBreachError(
+            f"{turns.call.name}: the guard was breached at round {turns.turn}: {breach}. "
+            "Ask for less, fine-tune longer, or set `guard.breach.action` to stop or back_off."
+        )
+    if guard.breach.action == "back_off" and level is not None:
+        return (yield from _back_off(turns, guard, dense, good, level))
+    return good[0], message
+
+
+def _back_off(
+    turns: _Turns, guard: Guard, dense: Mapping[str, Any], good: tuple[Ref, float], high: float
+) -> Dialogue[tuple[Ref, str]]:
+    """Bisects between the last good level and the breached one; answers the sparsest good network."""
+    start, low = good
+    best = start
     for _ in range(guard.breach.tries):
         level = round((low + high) / 2, 6)
         result = yield from turns.run(start, {"target": {"sparsity": level}}, f"{level:.3g}")
@@ -166,10 +176,9 @@ def _targets(stage: Prune) -> list[tuple[dict[str, Any], float | None]]:
     if stage.target is None:
         return [({}, None)]
     word, amount = stage.target.word, stage.target.amount
-    rounds = getattr(stage.schedule, "rounds", 1)
-    if rounds == 1:
+    if not isinstance(stage.schedule, Iterative) or stage.schedule.rounds == 1:
         return [({"target": {word: amount}}, amount if word == "sparsity" else None)]
-    levels = stage.schedule.levels
+    rounds, levels = stage.schedule.rounds, stage.schedule.levels
     if word == "keep":
         return [
             ({"target": {word: amount}, "climb": {"round": r, "rounds": rounds, "levels": levels}}, None)
@@ -189,7 +198,7 @@ def _shown(target: Mapping[str, Any], level: float | None) -> str:
     return f"{word} {amount}" + (f" {climb['round']}/{climb['rounds']}" if climb else "")
 
 
-def _breach(guard: Any, dense: Mapping[str, Any], result: StageResult) -> str:
+def _breach(guard: Guard, dense: Mapping[str, Any], result: StageResult) -> str:
     """Says how the guard was breached; nothing if it was not."""
     name = f"validation_{guard.metric}"
     before, now = dense[name], result.metrics[name]
@@ -201,7 +210,7 @@ def _breach(guard: Any, dense: Mapping[str, Any], result: StageResult) -> str:
     )
 
 
-def _fact(turn: int, level: float | None, result: StageResult, breach: str | None) -> dict[str, Any]:
+def _fact(turn: int, level: float | None, result: StageResult, breach: str) -> dict[str, Any]:
     return {
         "round": turn,
         "level": level,
@@ -212,32 +221,32 @@ def _fact(turn: int, level: float | None, result: StageResult, breach: str | Non
     }
 
 
-def _search(turns: _Turns) -> Generator:
+def _search(turns: _Turns, search: Search, target: Target) -> Dialogue[dict[str, Any]]:
     """k-fold cross-validation of the target's values; answers the table and the chosen value."""
-    call, stage = turns.call, turns.stage
-    search, origin = stage.search, turns._origin()
-    word = stage.target.word
-    metric = search.metric or objective(call.problem.objective).primary
-    folds = [_on_fold(origin, i, search.folds, call.name) for i in range(search.folds)]
+    origin, word = turns.origin(), target.word
+    metric = search.metric or objective(turns.call.problem.objective).primary
+    folds = [_on_fold(origin, i, search.folds, turns.call.name) for i in range(search.folds)]
     yield folds
-    values: dict[float, list[float]] = {a: [] for a in search.amounts}
-    sparsities: dict[float, list[float]] = {a: [] for a in search.amounts}
-    for fold in folds:
-        for amount in search.amounts:
+    table = []
+    for amount in search.amounts:
+        values, sparsities = [], []
+        for fold in folds:
             result = yield from turns.run(fold.ref, {"target": {word: amount}}, f"{word} {amount:g}", origin=fold)
-            values[amount].append(result.metrics[f"validation_{metric}"])
-            sparsities[amount].append(result.metrics["sparsity"])
-    table = [
-        {word: a, "folds": values[a], "mean": fmean(values[a]), "sparsity": fmean(sparsities[a])}
-        for a in search.amounts
-    ]
-    best = table[0]["mean"]
-    for row in table:
-        if is_better(metric, row["mean"], best):
-            best = row["mean"]
-    near = [row for row in table if abs(row["mean"] - best) <= search.tolerance]
-    chosen = max(near, key=lambda row: row["sparsity"])
-    return {"metric": metric, "over": word, "table": table, "chosen": chosen[word]}
+            values.append(result.metrics[f"validation_{metric}"])
+            sparsities.append(result.metrics["sparsity"])
+        table.append(_Tried(amount, values, fmean(values), fmean(sparsities)))
+    means = [row.mean for row in table]
+    best = max(means) if metric in HIGHER_IS_BETTER else min(means)
+    chosen = max((row for row in table if abs(row.mean - best) <= search.tolerance), key=lambda row: row.sparsity)
+    rows = [{word: row.amount, "folds": row.folds, "mean": row.mean, "sparsity": row.sparsity} for row in table]
+    return {"metric": metric, "over": word, "table": rows, "chosen": chosen.amount}
+
+
+class _Tried(NamedTuple):
+    amount: float
+    folds: list[float]
+    mean: float
+    sparsity: float
 
 
 def _on_fold(origin: StageCall, fold: int, folds: int, name: str) -> StageCall:

@@ -6,17 +6,18 @@ from typing import Any
 
 from prune_jax.criteria import CRITERIA
 from prune_jax.datasets import SOURCES
-from prune_jax.recipe import Recipe
+from prune_jax.recipe import BUILT_IN_MODELS, Recipe
 
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a recipe."""
     schema = Recipe.model_json_schema()
     parts = schema["$defs"]
-    names = {"enum": list(CRITERIA)}
+    names = {"anyOf": [{"enum": list(CRITERIA)}, {"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}]}
     criterion = parts["Criterion"]
     criterion["properties"]["name"] |= names
-    parts["Criterion"] = {"anyOf": [{"type": "string", **names}, criterion], "title": "Criterion"}
+    parts["Criterion"] = {"anyOf": [names, criterion], "title": "Criterion"}
+    parts["CustomModel"]["properties"]["kind"] |= {"not": {"enum": list(BUILT_IN_MODELS)}}
     source = parts["Data"]["properties"]["source"]
-    source["anyOf"] = [{"enum": [*SOURCES, "npz"]}, {"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}]
+    source["anyOf"] = [{"enum": list(SOURCES)}, {"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -100,15 +100,16 @@ def score(
     entry.check_options(options)
     check_granularity(granularity, entry.granularities)
     paths = prunable_paths(params, prunable, exclude)
-    if entry.needs and (loss is None or batches is None):
+    needs = entry.needs_with(options)
+    if needs and (loss is None or batches is None):
         raise UserMistake(
             f"criterion {entry.name!r} needs gradients: give loss=, (params, batch) -> scalar, and batches=."
         )
     if entry.stochastic and key is None:
         raise UserMistake(f"criterion {entry.name!r} draws random numbers: give key=, such as jax.random.key(0).")
-    stats = (
-        gather(entry.needs, loss, params, batches, prunable=paths) if entry.needs and loss and batches else Statistics()
-    )
+    stats = Statistics()
+    if loss is not None and batches is not None and needs:
+        stats = gather(needs, loss, params, batches, prunable=paths)
     chosen = jax.tree.map(jnp.asarray, select(params, paths))
     scores = _scores(chosen, stats, key if entry.stochastic else None, entry.function, tuple(sorted(options.items())))
     scores = unit_scores(scores, granularity, combine=entry.combine_with(options))

@@ -1,4 +1,4 @@
-"""The k lowest of several arrays, without sorting and without joining them.
+"""The k lowest of several arrays, without sorting them.
 
 Floats are ordered as their bit patterns are, so the k-th smallest is an integer, found by counting. XLA sorts on CPU
 a hundred times slower than it counts. A sample brackets the answer; a few passes over all values pin it down.
@@ -6,7 +6,9 @@ a hundred times slower than it counts. A sample brackets the answer; a few passe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from jax import lax
 
 Leaves = Sequence[jax.Array]
 Tiers = Sequence[jax.Array | None]
+Flat = Sequence[tuple[jax.Array, jax.Array | None]]  # one-dimensional values and their tiers
 
 TOP = jnp.iinfo(jnp.uint32).max
 FIRST = 1  # the key of what goes before every score
@@ -23,6 +26,7 @@ LANES = 16  # eight-bit sums of so many comparisons; XLA would write the compari
 STRIDE = 127  # one value in so many is sampled; a prime, lest a sample see one column of a matrix
 LARGE = 1 << 16  # fewer values are not worth a sample
 PAGE = 4096
+SMALL = 1 << 18  # leaves of fewer values are laid end to end, lest each costs a tenth of a second to compile for
 
 
 class Cut(NamedTuple):
@@ -58,10 +62,49 @@ def _at_most(values: jax.Array, tier: jax.Array | None, key: jax.Array) -> jax.A
     return hits if tier.dtype == bool else hits & (tier != 2)
 
 
-def _flat(leaves: Leaves, tiers: Tiers) -> list[tuple[jax.Array, jax.Array | None]]:
-    return [
-        (jnp.ravel(leaf), None if tier is None else jnp.ravel(tier)) for leaf, tier in zip(leaves, tiers, strict=True)
-    ]
+def _runs(sizes: Sequence[int]) -> list[list[int]]:
+    """Neighbours that are small together, by their numbers; a large leaf stands alone."""
+    runs: list[list[int]] = []
+    for i, size in enumerate(sizes):
+        if runs and sum(sizes[j] for j in runs[-1]) + size <= SMALL:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _tier(leaf: jax.Array, tier: jax.Array | None) -> jax.Array:
+    return jnp.ones(leaf.shape, bool) if tier is None else tier
+
+
+@jax.jit
+def _join(leaves: Leaves, tiers: Tiers) -> Flat:
+    """Large leaves as they are; small ones in arrays of few different lengths, filled up with what never goes."""
+    flat: list[tuple[jax.Array, jax.Array | None]] = []
+    for run in _runs([leaf.size for leaf in leaves]):
+        size = sum(leaves[i].size for i in run)
+        if size > SMALL:
+            leaf, tier = leaves[run[0]], tiers[run[0]]
+            flat.append((jnp.ravel(leaf), None if tier is None else jnp.ravel(tier)))
+            continue
+        room = (0, max(PAGE, 1 << (size - 1).bit_length()) - size)
+        values = jnp.concatenate([jnp.ravel(leaves[i]).astype(jnp.float32) for i in run])
+        known = jnp.concatenate([jnp.ravel(_tier(leaves[i], tiers[i])) for i in run])
+        flat.append((jnp.pad(values, room, constant_values=jnp.inf), jnp.pad(known, room, constant_values=1)))
+    return flat
+
+
+@partial(jax.jit, static_argnums=1)
+def _split(flat: Leaves, shapes: tuple[tuple[int, ...], ...]) -> tuple[jax.Array, ...]:
+    """Undoes `_join`."""
+    sizes = [math.prod(shape) for shape in shapes]
+    leaves = []
+    for joined, run in zip(flat, _runs(sizes), strict=True):
+        start = 0
+        for i in run:
+            leaves.append(joined[start : start + sizes[i]].reshape(shapes[i]))
+            start += sizes[i]
+    return tuple(leaves)
 
 
 def _total(hits: Callable[[slice], jax.Array], size: int) -> jax.Array:
@@ -70,7 +113,7 @@ def _total(hits: Callable[[slice], jax.Array], size: int) -> jax.Array:
     return jnp.sum(lanes, dtype=jnp.int32) + jnp.sum(hits(slice(even, size)), dtype=jnp.int32)
 
 
-def _count(flat: list[tuple[jax.Array, jax.Array | None]], key: jax.Array) -> jax.Array:
+def _count(flat: Flat, key: jax.Array) -> jax.Array:
     """How many keys are at most `key`."""
 
     def of(values: jax.Array, tier: jax.Array | None) -> jax.Array:
@@ -79,7 +122,7 @@ def _count(flat: list[tuple[jax.Array, jax.Array | None]], key: jax.Array) -> ja
     return sum((of(*pair) for pair in flat), jnp.int32(0))
 
 
-def _bracket(flat: list[tuple[jax.Array, jax.Array | None]], k: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _bracket(flat: Flat, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys that hold the k-th smallest between them, unless the sample deceives."""
     size = sum(values.size for values, _ in flat)
     if size < LARGE:
@@ -102,7 +145,7 @@ def _bisect(keys: jax.Array, rank: jax.Array) -> jax.Array:
     return lax.fori_loop(0, 32, halve, (jnp.uint32(0), jnp.uint32(TOP)))[1]
 
 
-def _cut(flat: list[tuple[jax.Array, jax.Array | None]], k: jax.Array) -> Cut:
+def _cut(flat: Flat, k: jax.Array) -> Cut:
     size = sum(values.size for values, _ in flat)
     bracket = _bracket(flat, k)
 
@@ -134,14 +177,13 @@ def _end_of_ties(tied: jax.Array, ties: jax.Array) -> tuple[jax.Array, jax.Array
     lanes = jnp.sum(pages.astype(jnp.int8).reshape(-1, LANES), axis=1, dtype=jnp.int8)
     ends = jnp.cumsum(jnp.sum(lanes.reshape(-1, PAGE // LANES), axis=1, dtype=jnp.int32))
     quota = jnp.minimum(ties, ends[-1])
-    page = jnp.searchsorted(ends, quota)
+    page = jnp.sum(ends < quota, dtype=jnp.int32)
     before = jnp.where(page == 0, 0, ends[page - 1])
-    inside = jnp.searchsorted(jnp.cumsum(pages[page].astype(jnp.int32)), quota - before)
-    return jnp.where(quota == 0, 0, page * PAGE + inside + 1).astype(jnp.int32), ties - quota
+    inside = jnp.sum(jnp.cumsum(pages[page].astype(jnp.int32)) < quota - before, dtype=jnp.int32)
+    return jnp.where(quota == 0, 0, page * PAGE + inside + 1), ties - quota
 
 
-@jax.jit
-def all_but_lowest(leaves: Leaves, tiers: Tiers, k: jax.Array) -> tuple[jax.Array, ...]:
+def all_but_lowest(leaves: Leaves, tiers: Tiers, k: jax.Array | int) -> tuple[jax.Array, ...]:
     """Marks all values but the k lowest of all leaves together; of equal ones the first go.
 
     The same as `np.argsort(kind="stable")[:k]` over the leaves laid end to end, in about ten reads of memory.
@@ -150,13 +192,20 @@ def all_but_lowest(leaves: Leaves, tiers: Tiers, k: jax.Array) -> tuple[jax.Arra
         leaves: arrays of any shapes, finite; at most 2**31 - 1 values in all.
         tiers: for each leaf None, or an array of its shape: 0 goes before every score, 1 goes by its score (so a bool
             array of what is alive will do) and, in integers, 2 goes after every score.
-        k: how many go; traced, so that one compilation serves a whole schedule.
+        k: how many go; may be traced. One compilation serves a whole schedule.
 
     Returns:
         Bool arrays shaped like the leaves; False for the k lowest.
+
+    >>> all_but_lowest([jnp.array([3.0, 1.0]), jnp.array([2.0])], [None, None], 2)
+    (Array([ True, False], dtype=bool), Array([False], dtype=bool))
     """
-    k = jnp.asarray(k, jnp.int32)
-    flat = _flat(leaves, tiers)
+    survivors = _all_but_lowest(_join(leaves, tiers), jnp.asarray(k, jnp.int32))
+    return _split(survivors, tuple(leaf.shape for leaf in leaves))
+
+
+@jax.jit
+def _all_but_lowest(flat: Flat, k: jax.Array) -> list[jax.Array]:
     cut = _cut(flat, k)
 
     def positions() -> tuple[jax.Array, ...]:
@@ -168,18 +217,20 @@ def all_but_lowest(leaves: Leaves, tiers: Tiers, k: jax.Array) -> tuple[jax.Arra
 
     ends = lax.cond(cut.whole, lambda: tuple(jnp.int32(values.size) for values, _ in flat), positions)
     masks = []
-    for leaf, (values, tier), end in zip(leaves, flat, ends, strict=True):
+    for (values, tier), end in zip(flat, ends, strict=True):
         keys = _keys(values, tier)
-        stays = (keys > cut.key) | ((keys == cut.key) & (jnp.arange(keys.size, dtype=jnp.int32) >= end))
-        masks.append(stays.reshape(leaf.shape))
-    return tuple(masks)
+        masks.append((keys > cut.key) | ((keys == cut.key) & (jnp.arange(keys.size, dtype=jnp.int32) >= end)))
+    return masks
+
+
+def kth_smallest(leaves: Leaves, tiers: Tiers, k: jax.Array | int) -> jax.Array:
+    """The k-th smallest value (from 1) of all leaves together, counting only values of tier 1."""
+    return _kth_smallest(_join(leaves, tiers), jnp.asarray(k, jnp.int32))
 
 
 @jax.jit
-def kth_smallest(leaves: Leaves, tiers: Tiers, k: jax.Array) -> jax.Array:
-    """The k-th smallest value (from 1) of all leaves together, counting only values of tier 1."""
-    flat = _flat(leaves, tiers)
-    key = _cut(flat, jnp.asarray(k, jnp.int32) + _count(flat, jnp.uint32(FIRST))).key
+def _kth_smallest(flat: Flat, k: jax.Array) -> jax.Array:
+    key = _cut(flat, k + _count(flat, jnp.uint32(FIRST))).key
     found = jnp.uint32(0)
     for values, tier in flat:
         keys = _keys(values, tier)
@@ -188,7 +239,11 @@ def kth_smallest(leaves: Leaves, tiers: Tiers, k: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits ^ ((bits >> 31) & 0x7FFFFFFF), jnp.float32)
 
 
-@jax.jit
-def count_below(leaves: Leaves, tiers: Tiers, value: jax.Array) -> jax.Array:
+def count_below(leaves: Leaves, tiers: Tiers, value: jax.Array | float) -> jax.Array:
     """How many values lie below `value`; all those of tier 0 do."""
-    return _count(_flat(leaves, tiers), _keys(jnp.asarray(value, jnp.float32), None) - 1)
+    return _count_below(_join(leaves, tiers), jnp.asarray(value, jnp.float32))
+
+
+@jax.jit
+def _count_below(flat: Flat, value: jax.Array) -> jax.Array:
+    return _count(flat, _keys(value, None) - 1)

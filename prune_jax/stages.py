@@ -19,7 +19,7 @@ from prune_jax.models import Network, Variables
 from prune_jax.objectives import inputs_of, objective
 from prune_jax.problems import dataset_of, examples_of, network_of, records_at, sample_of
 from prune_jax.progress import Progress, Report, silent
-from prune_jax.recipe import Evaluate, Optimizer, Problem, Ref, StageCall, StageResult
+from prune_jax.recipe import Evaluate, Optimizer, Problem, Ref, StageCall, StageResult, Status
 from prune_jax.schedules import iterative
 from prune_jax.scoring import mask, score
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
@@ -46,12 +46,14 @@ def run_stage(call: StageCall, store: Store, *, report: Report = silent) -> Stag
         if damage := store.damage(call.ref):
             moved = store.set_aside(call.ref)
             report(Progress(call.name, f"{call.label}: {damage}; moved to {moved.name}, made anew", 0, 1))
-        meta, status = store.meta(call.ref), "cached"
+        meta = store.meta(call.ref)
+        status: Status = "cached"
         if meta is None:
             arrays, metrics = STAGES[call.kind](call, store, report)
             seconds = round(time.perf_counter() - began, 3)
             facts = {"call": call.model_dump(mode="json", exclude={"facts"}), "facts": call.facts}
-            meta, status = store.write(call.ref, arrays, {"metrics": metrics, "seconds": seconds, **facts}), "ran"
+            meta = store.write(call.ref, arrays, {"metrics": metrics, "seconds": seconds, **facts})
+            status = "ran"
     return StageResult(
         name=call.name,
         kind=call.kind,
@@ -264,5 +266,5 @@ def _loss_function(network: Network, objective_name: str) -> Callable[[PyTree, P
 
 
 def mean_loss(network: Network, objective_name: str, state: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
-    """The resting network's mean loss, `(params, batch) -> scalar`; its state is an argument, so one compile serves all."""
+    """The resting network's mean loss, `(params, batch) -> scalar`; its state is an argument: one compile serves all."""
     return jax.tree_util.Partial(_loss_function(network, objective_name), state)

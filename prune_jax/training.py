@@ -221,7 +221,7 @@ def fit(
     spread = _spread(devices)
     everywhere = None if spread is None else NamedSharding(spread.mesh, PartitionSpec())
     state = jax.device_put(state, everywhere)
-    data = jax.device_put(dict(split), everywhere) if gathered else None  # type: ignore[call-overload]
+    data = None if isinstance(split, GrainSplit) else jax.device_put(dict(split), everywhere)
     key = jax.device_put(jax.random.key(seed), everywhere)
     end = total if stop_step is None else min(stop_step, total)
     clock = _Beats(optimizer, total, end, start, beat, checkpoints, checkpoint_seconds)

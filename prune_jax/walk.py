@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError, UserMistake
 from prune_jax.plan import Plan
-from prune_jax.recipe import Ref, StageCall, StageResult
+from prune_jax.recipe import Ref, StageCall, StageResult, Status
 from prune_jax.rounds import prune_rounds
 
 Submit = Callable[[StageCall, Callable[[StageResult], None]], None]
@@ -36,7 +37,7 @@ class _Walk:
             self._start_what_is_ready()
             if not self.wanted and self.alone:
                 call = self.alone.pop(0)
-                self._want(call, lambda result, call=call: self._finish(call.name, result))
+                self._want(call, partial(self._finish, call.name))
             if self.wanted:
                 self._settle(self.done.get())
         return self.results
@@ -64,14 +65,14 @@ class _Walk:
         elif call.kind == "evaluate" and not self.store.intact(call.ref):
             self.alone.append(call)
         else:
-            self._want(call, lambda result: self._finish(call.name, result))
+            self._want(call, partial(self._finish, call.name))
 
     def _advance(self, call: StageCall, rounds: Generator[Any, Any, StageCall], answers: Any) -> None:
         """Has a prune stage say what it wants next, and comes back when all of it is there."""
         try:
             batch = rounds.send(answers)
         except StopIteration as finished:
-            self._want(finished.value, lambda result: self._finish(call.name, result))
+            self._want(finished.value, partial(self._finish, call.name))
             return
         except PruneError as error:
             self._finish(call.name, failure(call, error))
@@ -91,7 +92,7 @@ class _Walk:
                 self._advance(call, rounds, [got[s.name] for s in batch])
 
         for sub in batch:
-            self._want(sub, lambda result, sub=sub: collect(sub, result))
+            self._want(sub, partial(collect, sub))
 
     def _metrics_of(self, ref: Ref) -> dict[str, Any]:
         return (self.store.meta(ref) or {}).get("metrics", {})
@@ -156,7 +157,7 @@ def _shared(result: StageResult, call: StageCall) -> StageResult:
     return result.model_copy(update={"name": call.name, **spared})
 
 
-def _skipped(call: StageCall, bad: StageResult, status: str = "skipped") -> StageResult:
+def _skipped(call: StageCall, bad: StageResult, status: Status = "skipped") -> StageResult:
     verb = "failed" if bad.status == "failed" else "was skipped"
     message = f"{bad.name} {verb}: {bad.message}" if status == "failed" else f"{bad.name} {verb}"
     return StageResult(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ class Criterion:
     formula: str
     paper: str
     needs: frozenset[str] = frozenset()  # fields of Statistics
+    needs_if: Mapping[str, frozenset[str]] = field(default_factory=dict)  # needed instead where that option is set
     granularities: tuple[str, ...] = ("weight", "neuron")
     combine: str = "sum"  # of a unit's scores, as in granularity.unit_scores; "p": the norm that the option p names
 
@@ -47,6 +48,10 @@ class Criterion:
         """Its options and their defaults."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "key"}
+
+    def needs_with(self, options: Mapping[str, Any]) -> frozenset[str]:
+        """The fields of Statistics that it needs under these options."""
+        return next((fields for name, fields in self.needs_if.items() if options.get(name)), self.needs)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses options that it does not take, and values of another kind than the default's."""
@@ -78,6 +83,7 @@ def criterion(
     formula: str,
     paper: str,
     needs: Collection[str] = (),
+    needs_if: Mapping[str, Collection[str]] | None = None,
     granularities: tuple[str, ...] = ("weight", "neuron"),
     combine: str = "sum",
 ) -> Callable[[Callable[..., PyTree]], Criterion]:
@@ -88,7 +94,8 @@ def criterion(
     """
 
     def register(function: Callable[..., PyTree]) -> Criterion:
-        entry = Criterion(name, function, formula, paper, frozenset(needs), granularities, combine)
+        instead = {option: frozenset(fields) for option, fields in (needs_if or {}).items()}
+        entry = Criterion(name, function, formula, paper, frozenset(needs), instead, granularities, combine)
         return CRITERIA.add(name, entry)
 
     return register

@@ -14,14 +14,15 @@ from prune_jax.trees import PyTree
     "sensitivity",
     formula="mean |g|; signed: mean g",
     paper="after Mozer & Smolensky 1989, Skeletonization (NIPS 1)",
-    needs=("gradient_abs", "gradient"),
+    needs=("gradient_abs",),
+    needs_if={"signed": ("gradient",)},
 )
 def sensitivity(params: PyTree, stats: Statistics, *, signed: bool = False) -> PyTree:
     """How strongly the loss answers to each weight: s = mean over batches of |dL/dw|.
 
     Args:
         params: weights, leaves of any shape.
-        stats: `gradient_abs` and `gradient`, shaped like `params`.
+        stats: `gradient_abs`, or `gradient` if signed, shaped like `params`.
         signed: whether the gradient itself is the score, as some texts write it: s = mean of dL/dw.
 
     Returns:

@@ -9,20 +9,25 @@ import numpy as np
 from prune_jax.errors import UserMistake
 
 
-def line(*, points: int = 100, slope: float = 3.0, noise: float = 0.1, seed: int = 0) -> dict[str, Any]:
+def line(
+    *, points: int = 100, slope: float = 3.0, noise: float = 0.1, distractors: int = 0, seed: int = 0
+) -> dict[str, Any]:
     """`y = slope * x + noise * n`, x uniform in [-1, 1), n normal; `points` to train and as many to test.
 
     Args:
         points: in each split.
         slope: of the line.
         noise: standard deviation; the mean squared error cannot fall below its square.
+        distractors: further inputs beside x, drawn like x, that y does not depend on.
         seed: of the points.
     """
     random = _random(points, noise, seed)
+    if distractors < 0:
+        raise UserMistake(f"distractors = {distractors}: must be 0 or more")
     arrays: dict[str, Any] = {"note": f"y = {slope} x + noise, made up"}
     for split in ("train", "test"):
-        x = random.uniform(-1, 1, (points, 1))
-        arrays |= {f"x_{split}": x, f"y_{split}": slope * x + noise * random.standard_normal((points, 1))}
+        x = random.uniform(-1, 1, (points, 1 + distractors))
+        arrays |= {f"x_{split}": x, f"y_{split}": slope * x[:, :1] + noise * random.standard_normal((points, 1))}
     return arrays
 
 

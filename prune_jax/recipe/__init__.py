@@ -1,7 +1,19 @@
 """What is wanted: frozen models of recipes, read once, at the edge."""
 
-from prune_jax.recipe.calls import Problem, Ref, StageCall, StageResult, digest
-from prune_jax.recipe.parts import BUILT_IN_MODELS, Data, Frozen, Optimizer, Recovery, RewindStep, Target
+from prune_jax.recipe.calls import Problem, Ref, StageCall, StageResult, Status, digest
+from prune_jax.recipe.parts import (
+    BUILT_IN_MODELS,
+    Data,
+    Frozen,
+    Guard,
+    Iterative,
+    Operation,
+    Optimizer,
+    Recovery,
+    RewindStep,
+    Search,
+    Target,
+)
 from prune_jax.recipe.read import built_in, check_run_name, read_recipe, validate, with_value
 from prune_jax.recipe.recipe import Evaluate, Finetune, Mask, Prune, Recipe, Score, Stage, Train
 from prune_jax.recipe.wiring import NETWORKS, parents_of
@@ -13,7 +25,10 @@ __all__ = [
     "Evaluate",
     "Finetune",
     "Frozen",
+    "Guard",
+    "Iterative",
     "Mask",
+    "Operation",
     "Optimizer",
     "Problem",
     "Prune",
@@ -22,9 +37,11 @@ __all__ = [
     "Ref",
     "RewindStep",
     "Score",
+    "Search",
     "Stage",
     "StageCall",
     "StageResult",
+    "Status",
     "Target",
     "Train",
     "built_in",

@@ -65,6 +65,7 @@ class Data(Frozen):
 
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu"]
+OutputActivation = Literal["none", "relu", "tanh", "sigmoid", "gelu"]
 Width = Annotated[int, Field(ge=1)]
 
 
@@ -81,7 +82,7 @@ class Mlp(Frozen):
     kind: Literal["mlp"]
     widths: tuple[Width, ...] = (300, 100)
     activation: Activation = "relu"
-    output_activation: Literal["none", "relu", "tanh", "sigmoid", "gelu"] = "none"
+    output_activation: OutputActivation = "none"
     dropout: Fraction = 0.0
     batch_norm: bool = False
     bias: bool = True
@@ -91,12 +92,13 @@ class Cnn(Frozen):
     """LeNet-5: convolutions with pooling, then dense layers (LeCun et al. 1998)."""
 
     kind: Literal["cnn"]
-    channels: tuple[Width, ...] = (6, 16)
-    widths: tuple[Width, ...] = (120, 84)
-    kernel_size: Width = 5
+    widths: tuple[Width, ...] = Field(default=(6, 16), description="channels of the convolutions")
+    dense: tuple[Width, ...] = (120, 84)
+    kernel: Width = 5
+    padding: Literal["same", "valid"] = "same"
     activation: Activation = "relu"
-    batch_norm: bool = False
     dropout: Fraction = 0.0
+    batch_norm: bool = False
 
 
 class Resnet(Frozen):
@@ -118,9 +120,12 @@ class Autoencoder(Frozen):
     """Dense encoder and mirrored decoder around a code."""
 
     kind: Literal["autoencoder"]
-    widths: tuple[Width, ...] = (32,)
+    widths: tuple[Width, ...] = (64, 32)
     code: Width = 8
     activation: Activation = "relu"
+    output_activation: OutputActivation = "none"
+    dropout: Fraction = 0.0
+    bias: bool = True
 
 
 class Rnn(Frozen):
@@ -130,6 +135,8 @@ class Rnn(Frozen):
     cell: Literal["gru", "lstm"] = "gru"
     width: Width = 64
     layers: Width = 1
+    vocab: int | None = Field(default=None, ge=1, description="number of tokens, for integer inputs")
+    dropout: Fraction = 0.0
 
 
 class Transformer(Frozen):
@@ -140,8 +147,8 @@ class Transformer(Frozen):
     heads: Width = 4
     layers: Width = 2
     mlp_ratio: Width = 4
-    dropout: Fraction = 0.0
     vocab: int | None = Field(default=None, ge=1, description="number of tokens, for integer inputs")
+    dropout: Fraction = 0.0
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> Transformer:

@@ -143,8 +143,8 @@ def loss_chart(panel: LossPanel, *, width: int, height: int) -> Markup:
                 x, raw, smooth_x, smooth = _thinned(part)
                 if not several:
                     axes.plot(start + x, raw, color=ink, lw=0.7, alpha=0.35, zorder=2)
-                    if len(network.parts) > 1:
-                        _round_mark(axes, start, number)
+                if i == 0 and len(network.parts) > 1:
+                    _round_mark(axes, start, number)
                 axes.plot(start + smooth_x, smooth, color=ink, lw=1.8, zorder=3)
                 positive = part[part > 0]
                 lowest = min(lowest, positive.min(initial=math.inf))

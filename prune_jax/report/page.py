@@ -55,7 +55,8 @@ def page(store: Store, record: Record) -> str:
 
 def headline(record: Record) -> dict[str, str]:
     """What came of the run in one sentence, and what that sentence is about."""
-    failed = [n for n, s in record["stages"].items() if s["status"] == "failed"]
+    stages = record["stages"]
+    failed = [n for n, s in stages.items() if s["status"] == "failed" and facts.owner(n, stages) is None]
     metric, best = tables.primary_metric(record), facts.best_of(record)
     if failed or record.get("status") == "failed":
         return {"text": f"Failed at {', '.join(failed)}" if failed else "Failed", "about": ""}
@@ -66,10 +67,8 @@ def headline(record: Record) -> dict[str, str]:
         return {"text": f"{metric} {_value(metric, dense[1][metric])}", "about": f"{dense[0]}; nothing was pruned"}
     versus = ""
     if best["difference"] is not None:
-        by_ratio = metric not in tables.HIGHER_IS_BETTER
-        versus = (
-            tables.versus((metric,), best["value"], best["dense"]) if by_ratio else tables.signed(best["difference"], 3)
-        )
+        by_ratio = tables.versus((metric,), best["value"], best["dense"])
+        versus = tables.signed(best["difference"], 3) if metric == "accuracy" else by_ratio
     about = [f"mean of {len(best['names'])} seeds"] if len(best["names"]) > 1 else []
     if best["of"] > 1:
         about = [best["name"], *about, f"the sparsest of {best['of']}"]
@@ -87,11 +86,7 @@ def breakable(name: str) -> Markup:
 
 
 def _rounded(sparsity: float) -> str:
-    return (
-        f"{100 * sparsity:.2f}".rstrip("0").rstrip(".")
-        if sparsity > 0.99
-        else f"{100 * sparsity:.1f}".removesuffix(".0")
-    )
+    return f"{100 * sparsity:.{2 if sparsity > 0.99 else 1}f}".rstrip("0").rstrip(".")
 
 
 def _value(metric: str, value: float) -> str:
@@ -101,6 +96,8 @@ def _value(metric: str, value: float) -> str:
 def messages(record: Record) -> list[tuple[str, str, str]]:
     """(stage, status, message) of what stages had to say: failures first, then guards."""
     told = [(n, s["status"], s["message"]) for n, s in record["stages"].items() if s.get("message")]
+    again = [m for m in told if m[1] == "failed" and any(m[2] in o[2] and len(m[2]) < len(o[2]) for o in told)]
+    told = [m for m in told if m not in again]  # a prune stage repeats what its turns say
     order = {"failed": 0, "ran": 1, "cached": 1, "skipped": 2}
     return sorted(told, key=lambda m: order[m[1]])
 

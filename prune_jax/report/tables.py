@@ -45,6 +45,11 @@ class Results(NamedTuple):
     columns: tuple[tuple[Cell, ...], ...]
 
     @property
+    def compared(self) -> tuple[bool, ...]:
+        """For each quantity, whether any network's is compared with the dense one's."""
+        return tuple(any(column[i].versus for column in self.columns) for i in range(len(self.quantities)))
+
+    @property
     def many(self) -> bool:
         """Whether each network is better given a row."""
         return len(self.networks) > MANY
@@ -92,12 +97,18 @@ def results_table(record: Record) -> Results:
     columns, dense = [], []
     for name, result in results.items():
         reference = dense_of(record, name)
-        base = results[reference] if reference not in (None, name) else {}
+        base = {**results[reference], **_beside(result)} if reference not in (None, name) else {}
         columns.append(tuple(Cell(shown(p, _at(result, p)), versus(p, _at(result, p), _at(base, p))) for p in paths))
         dense.append(reference == name)
     most = {(q,) for q in (*metrics, "nonzero", "sparsity")} | {("latency_ms", b, "p50") for b in batches[:1]}
     vital = tuple(p in most for p in paths)
     return Results(tuple(results), tuple(dense), tuple(_title(p) for p in paths), vital, tuple(columns))
+
+
+def _beside(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The dense network's latency as it was measured in turns with this one's."""
+    times = (result.get("beside") or {}).get("latency_ms")
+    return {"latency_ms": times} if times else {}
 
 
 def results_rich(record: Record) -> Table:
@@ -157,7 +168,7 @@ def shown(path: tuple[str, ...], value: Any) -> str:
             return f"{_scaled(value)}B" if value >= 1000 else f"{value:.0f} B"
         case "latency_ms":
             return f"{value:#.3g} ms"
-    return f"{value:.4g}"
+    return f"{value:#.4g}"
 
 
 def percent(fraction: float) -> str:
