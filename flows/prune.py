@@ -16,7 +16,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
-from prune_jax.flows.tasks import delays, stage
+from prune_jax.flows.tasks import delays, limited_tags, stage, tags_of
 
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError
@@ -56,13 +56,13 @@ def prune(recipe: Recipe, store: str = "artifacts", name: str | None = None, sid
         check_networks(plan)
     run = Run(plan, artifacts, name or recipe.name)
     futures: dict[Ref, PrefectFuture[StageResult]] = {}
-    tag = jax.default_backend()
+    limited = limited_tags()
 
     def submit(call: StageCall, done: Callable[[StageResult], None]) -> None:
         run.begin(call)
         future = stage.with_options(
             name=call.kind,
-            tags={call.kind, tag},
+            tags=tags_of(call) & limited,
             retries=call.operation.retries,
             retry_delay_seconds=delays(call.operation.retries),
             timeout_seconds=call.operation.timeout_seconds,

@@ -6,9 +6,11 @@ import time
 from typing import Any
 from uuid import UUID
 
-from prefect import task
+import jax
+from prefect import get_client, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.states import State
 
@@ -32,6 +34,30 @@ def worth_retrying(task: Any, task_run: Any, state: State) -> bool:
     return True
 
 
+def tags_of(call: StageCall) -> set[str]:
+    """What a stage's task run is tagged with: its kind and the accelerator."""
+    return {call.kind, jax.default_backend()}
+
+
+def _tag_run(*tags: str) -> None:
+    """Tags this task run, to be seen and filtered by.
+
+    Before it starts a task, Prefect asks the server for a slot of every tag that the task was submitted with, and a
+    server on SQLite that is just writing the last task's events refuses it for two seconds. So tasks are submitted with
+    those tags alone that somebody has put a limit on, and get the others here.
+    """
+    run = TaskRunContext.get()
+    if run is not None:
+        run.task_run.tags = sorted({*run.task_run.tags, *tags})
+
+
+def limited_tags() -> set[str]:
+    """The tags on whose task runs the server has a concurrency limit."""
+    with get_client(sync_client=True) as client:
+        limits = client.read_global_concurrency_limits(limit=200)
+    return {limit.name.removeprefix("tag:") for limit in limits if limit.name.startswith("tag:")}
+
+
 def delays(retries: int) -> list[int]:
     """The waits before each further try."""
     return (RETRY_DELAYS + RETRY_DELAYS[-1:] * retries)[:retries]
@@ -40,6 +66,7 @@ def delays(retries: int) -> list[int]:
 @task(name="stage", task_run_name="{call.label}", cache_policy=NO_CACHE, retry_condition_fn=worth_retrying)
 def stage(call: StageCall, store: str) -> StageResult:
     """Carries out one stage; returns at once when its artifact is already in the store."""
+    _tag_run(*tags_of(call))
     result = run_stage(call, Store(store), report=_to_all(listeners.get().progress, _progress_artifact()))
     get_run_logger().info("%s %s in %.1f s: %s/%s", call.name, result.status, result.seconds, result.kind, result.key)
     return result

@@ -202,7 +202,7 @@ def _below(
     """How many units of the pool are dead or score less than the target's number."""
     leaves = [scores[path] for path in paths]
     tiers = [alive.get(path) for path in paths]
-    return int(count_below(leaves, tiers, np.float32(_number(word, amount, leaves, tiers))))
+    return int(count_below(leaves, tiers, float(np.float32(_number(word, amount, leaves, tiers)))))
 
 
 def _number(word: str, amount: Any, leaves: Sequence[jax.Array], tiers: Sequence[jax.Array | None]) -> float:

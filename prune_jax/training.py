@@ -225,8 +225,12 @@ def fit(
     key = jax.device_put(jax.random.key(seed), everywhere)
     end = total if stop_step is None else min(stop_step, total)
     clock = _Beats(optimizer, total, end, start, beat, checkpoints, checkpoint_seconds)
+    # Devices of one CPU share its threads: steps in flight side by side would wait for each other for ever.
+    one_at_a_time = devices > 1 and jax.default_backend() == "cpu"
     for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, everywhere):
         state = step_function(state, batch, order, key)
+        if one_at_a_time:
+            jax.block_until_ready(state.step)
         clock.tick(done, state)
     clock.finish(state)
     params, last = jax.device_get((state.params, state.state))

@@ -15,9 +15,9 @@ def compilations() -> Iterator[list[float]]:
     """Yields a list that grows by the seconds of each compilation."""
     seconds: list[float] = []
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == EVENT:
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

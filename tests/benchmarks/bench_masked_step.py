@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -20,16 +21,15 @@ OPTIMIZERS = {"sgd": optax.sgd(1e-2, momentum=0.9), "adam": optax.adam(1e-3), "a
 def _stepper(
     loss: Callable, tx: optax.GradientTransformation, params: Any, batch: Any, steps: int
 ) -> Callable[[], Any]:
-    def step(params, state, batch):
+    def step(params: Any, state: Any, batch: Any) -> Any:
         value, gradients = jax.value_and_grad(loss)(params, batch)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    copy = lambda tree: jax.tree.map(lambda a: jax.numpy.array(a), tree)  # noqa: E731
-    held = [copy(params), copy(tx.init(params))]
+    held = jax.tree.map(jnp.array, [params, tx.init(params)])  # copies: the step donates them
 
-    def run():
+    def run() -> Any:
         for _ in range(steps):
             held[0], held[1], value = jitted(*held, batch)
         return value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 
@@ -15,17 +17,18 @@ from tests.benchmarks.rounds import in_turns, ratio
 CRITERIA_MEASURED = ("sensitivity", "snip", "taylor", "fisher")
 
 
+def _gradient_pass(gradient: Callable[..., Any], params: Any, batches: list[Any]) -> Any:
+    for batch in batches:
+        answer = gradient(params, batch)
+    return answer
+
+
 def measure(rounds: int = 15) -> dict[str, float]:
     found = {}
     for name, network in NETWORKS.items():
         params, loss, batches = network(batches=24)
-        gradient = jax.jit(jax.grad(loss))
         paths = prunable_paths(params)
-
-        def plain(gradient=gradient, params=params, batches=batches):
-            for batch in batches:
-                answer = gradient(params, batch)
-            return answer
+        plain = partial(_gradient_pass, jax.jit(jax.grad(loss)), params, batches)
 
         passes = {
             c: partial(gather, CRITERIA[c].needs, loss, params, batches, prunable=paths) for c in CRITERIA_MEASURED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ def lenet(batches: int = 8, batch_size: int = 64) -> Network:
 NETWORKS = {"mlp": mlp, "cnn": lenet}
 
 
-def _params(shapes: list[tuple[int, ...]]) -> dict[str, Any]:
+def _params(shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return {
         f"layer_{i}": {

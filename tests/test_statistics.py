@@ -1,0 +1,169 @@
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+import prune_jax.statistics as statistics
+from prune_jax.errors import UserMistake
+from prune_jax.statistics import Statistics, gather
+from tests.compiling import compilations
+
+
+def loss(params, batch):
+    return jnp.mean(jnp.square(batch["x"] @ params["kernel"] + params["bias"][None] - batch["y"]))
+
+
+def gradients_by_hand(params, x, y):
+    """Of the mean over examples and outputs of (xW + b - y)^2."""
+    rest = 2 * (x @ params["kernel"] + params["bias"] - y) / y.size
+    return {"kernel": x.T @ rest, "bias": rest.sum(axis=0)}
+
+
+@pytest.fixture
+def params():
+    rng = np.random.default_rng(0)
+    return {
+        "kernel": jnp.asarray(rng.standard_normal((4, 3)), jnp.float32),
+        "bias": jnp.ones(3),
+        "steps": jnp.arange(2),
+    }
+
+
+def make_batches(*sizes):
+    rng = np.random.default_rng(1)
+    return [
+        {"x": rng.standard_normal((n, 4)).astype(np.float32), "y": rng.standard_normal((n, 3)).astype(np.float32)}
+        for n in sizes
+    ]
+
+
+def oracle(params, batches):
+    given = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    sizes = [len(b["x"]) for b in batches]
+    of_batches = [gradients_by_hand(given, b["x"], b["y"]) for b in batches]
+    of_examples = [
+        gradients_by_hand(given, b["x"][i : i + 1], b["y"][i : i + 1]) for b in batches for i in range(len(b["x"]))
+    ]
+    mean = lambda f: {n: np.average([f(g[n]) for g in of_batches], axis=0, weights=sizes) for n in ("kernel", "bias")}  # noqa: E731
+    return Statistics(
+        gradient=mean(lambda g: g),
+        gradient_abs=mean(np.abs),
+        gradient_square=mean(np.square),
+        example_gradient_square={n: np.mean([g[n] ** 2 for g in of_examples], axis=0) for n in ("kernel", "bias")},
+    )
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 8, 8), (8, 8, 3)], ids=["one", "equal", "remainder"])
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20], ids=["one by one", "all at once"])
+def test_means_agree_with_gradients_by_hand(params, sizes, chunk_bytes, monkeypatch):
+    monkeypatch.setitem(statistics.CHUNK_BYTES, "cpu", chunk_bytes)
+    batches = make_batches(*sizes)
+    found = gather(Statistics._fields, loss, params, batches)
+    for field, wanted in oracle(params, batches)._asdict().items():
+        for name in ("kernel", "bias"):
+            leaf = getattr(found, field)[name]
+            assert leaf.dtype == jnp.float32
+            np.testing.assert_allclose(leaf, wanted[name], rtol=2e-5, atol=1e-6, err_msg=f"{field} {name}")
+        assert getattr(found, field)["steps"] is None
+
+
+def test_the_gradient_of_all_examples_does_not_depend_on_the_batches(params):
+    (whole,) = make_batches(10)
+    parts = [jax.tree.map(lambda a: a[:7], whole), jax.tree.map(lambda a: a[7:], whole)]
+    one, two = (gather({"gradient"}, loss, params, b).gradient for b in ([whole], parts))
+    np.testing.assert_allclose(one["kernel"], two["kernel"], rtol=1e-5, atol=1e-7)
+
+
+def test_only_what_is_needed_is_gathered_and_only_of_prunable_leaves(params):
+    found = gather({"gradient_abs"}, loss, params, make_batches(4), prunable=["kernel"])
+    assert [field for field in Statistics._fields if getattr(found, field) is not None] == ["gradient_abs"]
+    assert found.gradient_abs["bias"] is None
+    jaxpr = str(
+        jax.make_jaxpr(lambda p, b: statistics._gradient(Partial(loss), p, b, frozenset({"kernel"})))(
+            params, make_batches(4)[0]
+        )
+    )
+    assert jaxpr.count("reduce_sum") == 1  # of the loss; the bias's gradient would be a second
+
+
+@pytest.mark.parametrize("needs", [{"gradient_abs", "gradient_square"}, {"example_gradient_square"}], ids=str)
+def test_one_compilation_serves_all_batches_and_later_calls(params, needs):
+    traced = []
+
+    def counted(params, batch):
+        traced.append(batch["x"].shape)
+        return loss(params, batch)
+
+    gather(needs, counted, params, make_batches(8, 8, 8))
+    first = len(traced)
+    newer = jax.tree.map(lambda a: a + 1, params)
+    with compilations() as seconds:
+        gather(needs, counted, newer, make_batches(8, 8, 8, 8))
+    assert len(traced) == first == 1
+    assert not seconds
+    gather(needs, counted, params, make_batches(8, 3))
+    assert len(traced) == 2
+
+
+def test_a_partial_loss_hands_its_arrays_in(params):
+    traced = []
+
+    def scaled(scale, params, batch):
+        traced.append(scale)
+        return scale * loss(params, batch)
+
+    one, two = (
+        gather({"gradient"}, Partial(scaled, jnp.float32(s)), params, make_batches(4)).gradient["kernel"]
+        for s in (1, 2)
+    )
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("needs", [{"gradient_abs"}, {"example_gradient_square"}], ids=str)
+def test_memory_does_not_grow_with_the_number_of_batches(params, needs):
+    def live(count):
+        held = []
+
+        def batches():
+            for batch in make_batches(*[8] * count):
+                gc.collect()
+                held.append(len(jax.live_arrays()))
+                yield batch
+
+        gather(needs, loss, params, batches())
+        return held
+
+    held = live(12)
+    assert max(held[2:]) <= held[1]
+
+
+def test_a_chunk_divides_the_batch(monkeypatch):
+    monkeypatch.setitem(statistics.CHUNK_BYTES, "cpu", 40 * 4)
+    assert [statistics._chunk(jnp.zeros(4), n) for n in (64, 12, 7, 11, 3)] == [8, 6, 7, 1, 3]
+
+
+def test_low_precision_weights_have_float32_statistics():
+    params = {"kernel": jnp.ones((4, 3), jnp.bfloat16), "bias": jnp.ones(3, jnp.bfloat16)}
+    found = gather({"gradient_square"}, loss, params, make_batches(4))
+    assert found.gradient_square["kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": []}, "there are no batches to gather statistics from; give at least one"),
+        ({"needs": {"gradients"}}, "statistic 'gradients' is not known; did you mean 'gradient'? (known: gradient, "),
+        ({"loss": lambda p, b: b["x"] @ p["kernel"]}, "the loss answered an array [4, 3] but must answer one number"),
+        ({"batches": [{"x": np.float32(3)}]}, "a batch holds no array with a leading axis of examples"),
+    ],
+    ids=["no batches", "unknown", "no scalar", "no examples"],
+)
+def test_mistakes(params, change, message):
+    words = {"needs": {"gradient"}, "loss": loss, "batches": make_batches(4), **change}
+    with pytest.raises(UserMistake) as caught:
+        gather(words["needs"], words["loss"], params, words["batches"])
+    assert str(caught.value).startswith(message)
