@@ -23,8 +23,8 @@ import numpy as np
 from etils import epath
 
 from prune_jax.errors import DamagedArtifactError, UserMistake, did_you_mean
-from prune_jax.recipe import Ref
-from prune_jax.trees import nest
+from prune_jax.recipe import Ref, digest
+from prune_jax.trees import leaves_by_path, nest
 
 ARRAYS = "arrays"
 META = "meta.json"
@@ -48,6 +48,8 @@ class Store:
     def __init__(self, root: str | os.PathLike[str]):
         path = epath.Path(root)
         self.root = path if "://" in str(root) else path.resolve()  # Orbax takes absolute paths only
+        if self.local and self.root.exists() and not self.root.is_dir():
+            raise UserMistake(f"{self.root} is a file; a store is a folder. Give another one with --store.")
 
     @property
     def local(self) -> bool:
@@ -63,21 +65,22 @@ class Store:
         return self.root / ref.kind / f"{ref.key}.work"
 
     def meta(self, ref: Ref) -> dict[str, Any] | None:
-        """What is known of a finished artifact; `None` if there is none."""
+        """What is known of a finished artifact; `None` if there is none, nothing if it is damaged."""
         try:
-            text = (self.path(ref) / META).read_text()
+            meta = json.loads((self.path(ref) / META).read_text())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return {"files": {META: "not JSON"}}
+        except ValueError:  # neither text nor JSON
+            return {}
+        return meta if isinstance(meta, dict) and meta.get("digest") == _digest_of(meta) else {}
 
     def damage(self, ref: Ref) -> str | None:
         """Says what is wrong with a finished artifact: a file that is missing or whose digest differs."""
         meta = self.meta(ref)
         if meta is None:
             return None
+        if not meta:
+            return f"{self.path(ref) / META} is not the file that was written"
         for name, expected in meta["files"].items():
             file = self.path(ref) / name
             if not file.exists():
@@ -103,11 +106,13 @@ class Store:
             raise DamagedArtifactError(
                 f"{ref.kind}/{ref.key}: {damage or 'not in the store'}. Run the recipe again: it will be made anew."
             )
-        target = nest({p: np.empty(shape, dtype) for p, (shape, dtype) in meta["arrays"].items()})
+        flat = {p: np.empty(shape, dtype) for p, (shape, dtype) in meta["arrays"].items()}
+        target = nest({p: array for p, array in flat.items() if array.size})
         if not target:
-            return {}, meta
+            return nest(flat), meta
         with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(self.path(ref) / ARRAYS, args=ocp.args.StandardRestore(target)), meta
+            found = checkpointer.restore(self.path(ref) / ARRAYS, args=ocp.args.StandardRestore(target))
+        return nest(flat | leaves_by_path(found)), meta
 
     def write(self, ref: Ref, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
         """Publishes an artifact by one rename and answers its meta; what is already there stays.
@@ -124,9 +129,12 @@ class Store:
         aside = final.parent / f".{ref.key}.{uuid.uuid4().hex[:8]}.tmp"
         aside.mkdir()
         flat = {p: np.asarray(a) for p, a in _flatten(arrays).items()}
-        if flat:
+        filled = {
+            p: array for p, array in flat.items() if array.size
+        }  # Orbax saves no empty ones; their shape says all
+        if filled:
             with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                checkpointer.save(aside / ARRAYS, args=ocp.args.StandardSave(nest(flat)))
+                checkpointer.save(aside / ARRAYS, args=ocp.args.StandardSave(nest(filled)))
         full = {
             "kind": ref.kind,
             "key": ref.key,
@@ -138,6 +146,7 @@ class Store:
                 str(f.relative_to(aside)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(_files(aside))
             },
         }
+        full["digest"] = _digest_of(full)
         (aside / META).write_text(json.dumps(full, indent=1, allow_nan=False))
         if self.local:
             _sync(Path(aside))
@@ -197,7 +206,12 @@ class Store:
             raise UserMistake(
                 f"no run {name!r} in {self.root}{did_you_mean(name, known)} (runs: {', '.join(known) or 'none'})"
             )
-        return json.loads(path.read_text())
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            raise DamagedArtifactError(
+                f"{path}, the record of run {name!r}, is not JSON. Run the recipe again: what it computed is there."
+            ) from None
 
     def runs(self) -> list[str]:
         """The names of all runs, the latest last."""
@@ -212,11 +226,9 @@ class Store:
         path = self.record_path(record["name"])
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            earlier = json.loads(path.read_text())
-            if earlier.get("started") != record.get("started"):
-                history = path.parent / "history"
-                history.mkdir(parents=True, exist_ok=True)
-                path.copy(history / f"{str(earlier.get('started', 'unknown')).replace(':', '')}.json", overwrite=True)
+            history = path.parent / "history"
+            history.mkdir(parents=True, exist_ok=True)
+            path.copy(history / f"{len(list(history.iterdir())) + 1}.json")
         aside = path.parent / f".run.{uuid.uuid4().hex[:8]}.tmp"
         aside.write_text(json.dumps(record, indent=1, allow_nan=False))
         aside.replace(path)
@@ -256,6 +268,10 @@ class Steps:
         with ORBAX:
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=self._ocp.args.StandardSave(tree))
+
+
+def _digest_of(meta: Mapping[str, Any]) -> str:
+    return digest({name: value for name, value in meta.items() if name != "digest"})
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -68,6 +69,7 @@ def run(
     with Board(console) as board:
         board.waiting("checking the recipe, starting Prefect")
         listeners.set(Listeners(board.hear, board.finished))
+        signal.signal(signal.SIGINT, lambda *_: board.interrupt())
         record = launch(recipe, store=store, name=name, changes=set_ or (), runner=runner)
     if record["results"]:
         console.print(results_rich(record))
@@ -75,7 +77,7 @@ def run(
     if as_json:
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
     if record["status"] == "failed":
-        raise typer.Exit(2 if record["user_mistake"] else 1)
+        raise typer.Exit(130 if board.interrupted else 2 if record["user_mistake"] else 1)
 
 
 def _close(console: Any, record: dict[str, Any], store: str) -> None:
@@ -237,7 +239,7 @@ def _quiet() -> None:
 
 
 def main() -> NoReturn:
-    """Runs the command line. Exit codes: 0 done, 1 a stage failed, 2 bad input."""
+    """Runs the command line. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130 interrupted."""
     sys.path.insert(0, str(Path.cwd()))  # so that `my_pkg.nets:Net` is found where the user stands
     try:
         app(standalone_mode=True)
@@ -247,4 +249,7 @@ def main() -> NoReturn:
     except PruneError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from what is done\n")
+        raise SystemExit(130) from None
     raise SystemExit(0)

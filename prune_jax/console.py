@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from prune_jax.errors import PruneError
 from prune_jax.progress import Progress
 
 
@@ -47,6 +48,7 @@ class Board:
         )
         self.at_work: dict[str, TaskID] = {}
         self.lock = threading.Lock()  # stages report from their own threads
+        self.interrupted = False
 
     def __enter__(self) -> Board:
         self.bars.start()
@@ -63,7 +65,13 @@ class Board:
             self.at_work[""] = self.bars.add_task(text, total=None, facts="")
 
     def hear(self, progress: Progress) -> None:
-        """Moves a stage's bar."""
+        """Moves a stage's bar.
+
+        Raises:
+            PruneError: the user has pressed Ctrl-C; it ends the stage that reports.
+        """
+        if self.interrupted:
+            raise PruneError("interrupted")
         with self.lock:
             if "" in self.at_work:
                 self.bars.remove_task(self.at_work.pop(""))
@@ -72,14 +80,21 @@ class Board:
             task = self.at_work[progress.name]
             self.bars.update(task, completed=progress.done, total=progress.total, facts=_facts(progress))
 
+    def interrupt(self) -> None:
+        """Ends the stages at work at their next report, where they save a checkpoint; at once if none is at work."""
+        if self.interrupted or not self.at_work.keys() - {""}:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.console.print("interrupted: saving what is done")
+
     def finished(self, name: str, label: str, status: str, seconds: float, told: str) -> None:
         """Replaces a stage's bar by a line."""
         with self.lock:
             if name in self.at_work:
                 self.bars.remove_task(self.at_work.pop(name))
         mark = {"ran": "[green]✓[/]", "cached": "[blue]=[/]", "failed": "[red]✗[/]"}.get(status, "[yellow]-[/]")
-        text = f"{mark} {escape(label):<44} {seconds:7.1f} s  [dim]{escape(told or status)}[/]"
-        self.console.print(text, highlight=False)
+        text = f"{mark} {escape(label):<32} {seconds:6.1f} s  [dim]{escape(told or status)}[/]"
+        self.console.print(text, highlight=False, no_wrap=True, overflow="ellipsis")
 
 
 def _facts(progress: Progress) -> str:

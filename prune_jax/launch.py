@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,14 @@ def run(
     configured = server.configured()
     if cached and not configured:
         return _nothing_to_do(plan, artifacts, name)
-    starting = None if configured else server.start_early()
+    temporary = None if configured else server.start_early()
     if not cached:
         check_networks(plan)
-    if starting:
-        starting.join()
 
     from prune_jax.flows.prune import run_flow
 
-    return run_flow(wanted, store=str(store), name=name, side_by_side=1 if runner == "local" else None)
+    with server.in_use(temporary) if temporary else nullcontext():
+        return run_flow(wanted, store=str(store), name=name, side_by_side=1 if runner == "local" else None)
 
 
 def _nothing_to_do(plan: Plan, store: Store, name: str) -> dict[str, Any]:

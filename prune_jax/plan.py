@@ -7,9 +7,9 @@ keys; names, retries and timeouts are not in it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from prune_jax.recipe import (
     Data,
@@ -157,45 +157,53 @@ def make_plan(recipe: Recipe, *, digest_of: Callable[[Data], str], code_of: Call
     plans = [_single_plan(row, digest_of(row.data), code_of(row)) for row in rows]
     if not axes:
         return plans[0]
-    names = _row_names(axes, plans)
+    places = _places(axes, plans)
     calls: dict[str, StageCall] = {}
     after: dict[str, tuple[str, ...]] = {}
     for row, plan in enumerate(plans):
-        renamed = {old: names[old, row] for old in plan.after}
+        named = {stage: _row_name(stage, places[stage, row]) for stage in plan.after}
         for call in plan.calls:
-            name = renamed[call.name]
-            inputs = {renamed.get(role, role): ref for role, ref in call.inputs.items()}
-            facts = {"row": _row_of(name, call.name)}
+            name = named[call.name]
+            inputs = {named.get(role, role): ref for role, ref in call.inputs.items()}
+            facts = {"row": places[call.name, row]}
             calls.setdefault(name, call.model_copy(update={"name": name, "inputs": inputs, "facts": facts}))
-            parents = plan.after.get(call.name, ())
-            after.setdefault(name, tuple(renamed[p] for p in parents))
+            after.setdefault(name, tuple(named[p] for p in plan.after[call.name]))
     return Plan(recipe, tuple(calls.values()), after)
 
 
-def expand(recipe: Recipe) -> tuple[list[tuple[str, list[Any]]], list[Recipe]]:
+class Axis(NamedTuple):
+    """One axis of a matrix."""
+
+    path: tuple[str, ...]
+    values: list[Any]
+
+
+def expand(recipe: Recipe) -> tuple[list[Axis], list[Recipe]]:
     """The axes of all matrices and one plain recipe for each combination of their values."""
     raw = recipe.model_dump(mode="json", exclude_unset=True)
-    axes = list((recipe.matrix or {}).items())
+    axes = [Axis(tuple(path.split(".")), values) for path, values in (recipe.matrix or {}).items()]
     raw.pop("matrix", None)
     for name, stage in recipe.stages.items():
-        axes += [(f"stages.{name}.{path}", values) for path, values in (stage.matrix or {}).items()]
+        axes += [Axis(("stages", name, *path.split(".")), values) for path, values in (stage.matrix or {}).items()]
         raw["stages"][name].pop("matrix", None)
     rows = []
-    for combination in itertools.product(*(values for _, values in axes)):
+    for combination in itertools.product(*(axis.values for axis in axes)):
         row = raw
-        for (path, _), value in zip(axes, combination, strict=True):
-            row = with_value(row, path, value)
-        where = ", ".join(f"{path}={value}" for (path, _), value in zip(axes, combination, strict=True))
-        rows.append(validate(row, f"{recipe.name} [{where}]" if where else recipe.name))
+        for axis, value in zip(axes, combination, strict=True):
+            row = with_value(row, axis.path, value)
+        told = [f"{'.'.join(axis.path)}={value}" for axis, value in zip(axes, combination, strict=True)]
+        rows.append(validate(row, f"{recipe.name} [{', '.join(told)}]" if told else recipe.name))
     return axes, rows
 
 
-def _row_names(axes: list[tuple[str, list[Any]]], plans: list[Plan]) -> dict[tuple[str, int], str]:
-    """A stage is named after those axes of the matrix that change its key: `prune[criterion=snip]`."""
-    places = list(itertools.product(*(range(len(values)) for _, values in axes)))
+def _places(axes: list[Axis], plans: list[Plan]) -> dict[tuple[str, int], dict[str, str]]:
+    """Where in the matrix a row's stage stands: those axes alone that change the stage's key."""
+    places = list(itertools.product(*(range(len(axis.values)) for axis in axes)))
     row_of = {place: row for row, place in enumerate(places)}
     keys = [{call.name: call.key for call in plan.calls} for plan in plans]
-    names = {}
+    labels = _labels(axes)
+    words = [_words(axis.values) for axis in axes]
+    found = {}
     for stage in plans[0].after:
         told = [
             a
@@ -203,15 +211,30 @@ def _row_names(axes: list[tuple[str, list[Any]]], plans: list[Plan]) -> dict[tup
             if any(keys[row_of[p]][stage] != keys[row_of[(*p[:a], 0, *p[a + 1 :])]][stage] for p in places)
         ]
         for row, place in enumerate(places):
-            words = [f"{axes[a][0].rpartition('.')[2]}={_word(axes[a][1][place[a]])}" for a in told]
-            names[stage, row] = f"{stage}[{','.join(words)}]" if words else stage
-    return names
+            found[stage, row] = {labels[a]: words[a][place[a]] for a in told}
+    return found
 
 
-def _row_of(name: str, stage: str) -> dict[str, str]:
-    """The place in the matrix that a row's name tells: `prune[seed=0]` -> `{"seed": "0"}`."""
-    told = name.removeprefix(stage).strip("[]")
-    return dict(pair.split("=", 1) for pair in told.split(",")) if told else {}
+def _row_name(stage: str, place: Mapping[str, str]) -> str:
+    """`prune[criterion=snip]`."""
+    return f"{stage}[{','.join(f'{axis}={word}' for axis, word in place.items())}]" if place else stage
+
+
+def _labels(axes: list[Axis]) -> list[str]:
+    """The shortest ends of the paths that tell the axes apart."""
+    labels = []
+    for axis in axes:
+        ends = [axis.path[-n:] for n in range(1, len(axis.path) + 1)]
+        alone = [end for end in ends if sum(other.path[-len(end) :] == end for other in axes) == 1]
+        labels.append(".".join(alone[0] if alone else axis.path))
+    return labels
+
+
+def _words(values: list[Any]) -> list[str]:
+    """A word for each value; values that would share one are told apart by their number."""
+    words = [_word(value) for value in values]
+    alike = {w for i, w in enumerate(words) for j in range(i) if words[j] == w and values[j] != values[i]}
+    return [f"{word}#{i + 1}" if word in alike else word for i, word in enumerate(words)]
 
 
 def _word(value: Any) -> str:
@@ -227,17 +250,17 @@ def _single_plan(recipe: Recipe, data_digest: str, code: dict[str, str]) -> Plan
         data=recipe.data, data_digest=data_digest, model=recipe.model, objective=recipe.objective, code=code
     )
     calls: dict[str, StageCall] = {}
+    after: dict[str, tuple[str, ...]] = {}
     wiring = parents_of(recipe.stages)
     for name, stage in recipe.stages.items():
-        for call in _calls_of(name, stage, recipe, problem, [calls[p] for p in wiring[name]]):
-            calls[call.name] = call
-    after = {call.name: _sources(call, calls.values()) for call in calls.values()}
+        *before, call = _calls_of(name, stage, recipe, problem, [calls[p] for p in wiring[name]])
+        for extra in before:  # the training to the step that the stage rewinds to
+            calls[extra.name], after[extra.name] = extra, ()
+        calls[name] = call
+        dense = tuple(role for role in call.inputs if stage.kind == "evaluate" and role not in wiring[name])
+        scored = wiring[wiring[name][0]] if stage.kind == "mask" else ()
+        after[name] = (*dense, *scored, *wiring[name], *(extra.name for extra in before))
     return Plan(recipe, tuple(calls.values()), after)
-
-
-def _sources(call: StageCall, calls: Iterable[StageCall]) -> tuple[str, ...]:
-    keys = {ref.key for ref in call.inputs.values()}
-    return tuple(c.name for c in calls if c.key in keys)
 
 
 def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: list[StageCall]) -> list[StageCall]:

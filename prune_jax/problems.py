@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import inspect
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prune_jax.datasets import Dataset, GrainSplit, Split, load
 from prune_jax.errors import UserMistake
-from prune_jax.recipe import Data, Problem, Recipe
+from prune_jax.recipe import Data, Problem, Prune, Recipe, Score
 
 if TYPE_CHECKING:
     from prune_jax.models import Network
@@ -105,13 +105,19 @@ def _build(model: str, shapes: tuple[tuple[tuple[int, ...], str], ...], outputs:
 def code_of(recipe: Recipe) -> dict[str, str]:
     """The digest of the file of each `module:object` that the recipe names: edited code is another recipe."""
     references = [recipe.data.source, recipe.model.kind, recipe.objective]
-    return {reference: _file_digest(reference) for reference in references if ":" in reference}
+    references += [stage.criterion.name for stage in recipe.stages.values() if isinstance(stage, Score | Prune)]
+    return {reference: _code_digest(reference) for reference in references if ":" in reference}
 
 
-def _file_digest(reference: str) -> str:
+def _code_digest(reference: str) -> str:
     try:
-        module = importlib.import_module(reference.partition(":")[0])
-        file = inspect.getsourcefile(module)
-    except (ImportError, TypeError):
+        return _file_digest(importlib.import_module(reference.partition(":")[0]))
+    except ImportError:
         return ""  # what uses it will say so, with the mend
+
+
+@functools.lru_cache(maxsize=64)
+def _file_digest(module: ModuleType) -> str:
+    """Of the module's file as it was when it was first asked for: an edit counts when the module is imported anew."""
+    file = getattr(module, "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:20] if file else ""

@@ -203,7 +203,7 @@ def _breach(guard: Guard, dense: Mapping[str, Any], result: StageResult) -> str:
     name = f"validation_{guard.metric}"
     before, now = dense[name], result.metrics[name]
     drop = before - now if guard.metric in HIGHER_IS_BETTER else now - before
-    if drop <= guard.max_drop:
+    if drop <= guard.max_drop + 1e-9:  # 0.8 - 0.7 is a little more than 0.1
         return ""
     return (
         f"{guard.metric} went from {before:.4g} to {now:.4g}, worse by {drop:.4g}; the guard allows {guard.max_drop:g}"

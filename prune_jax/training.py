@@ -288,7 +288,12 @@ class _Beats:
             return
         loss = self._look(done, state)
         now = time.perf_counter()
-        self.beat(done, self.end, loss, (done - self.last_step) / (now - self.last))
+        try:
+            self.beat(done, self.end, loss, (done - self.last_step) / (now - self.last))
+        except BaseException:  # whoever listens wants it to end; what is done is not lost
+            if self.checkpoints is not None:
+                self.checkpoints.save(done, state)
+            raise
         self.last, self.last_step = now, done
         if self.checkpoints is not None and now - self.saved >= self.interval:
             self.checkpoints.save(done, state)
@@ -298,6 +303,8 @@ class _Beats:
     def finish(self, state: TrainState) -> None:
         if self.end:
             loss = self._look(self.end, state)
+            if not all(bool(jnp.isfinite(w).all()) for w in jax.tree.leaves(state.params)):
+                raise self._diverged("the weights became infinite", self.end)  # the last step's: no loss has seen them
             self.beat(self.end, self.end, loss, 0.0)
 
     def _look(self, done: int, state: TrainState) -> float:
@@ -305,11 +312,12 @@ class _Beats:
         losses = np.asarray(state.losses)[:done]
         bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
-            step = int(bad[0])
-            rate = float(learning_rate(self.optimizer, self.total)(step))
-            raise DivergedError(
-                f"the loss became {losses[step]} at step {step + 1} of {self.total}, at learning rate {rate:g} "
-                f"({self.optimizer.name}). Lower `optimizer.learning_rate`, add `optimizer.warmup_steps` or "
-                "`optimizer.clip_norm`."
-            )
+            raise self._diverged(f"the loss became {losses[bad[0]]}", int(bad[0]) + 1)
         return float(losses[-1])
+
+    def _diverged(self, what: str, step: int) -> DivergedError:
+        rate = float(learning_rate(self.optimizer, self.total)(step - 1))
+        return DivergedError(
+            f"{what} at step {step} of {self.total}, at learning rate {rate:g} ({self.optimizer.name}). "
+            "Lower `optimizer.learning_rate`, add `optimizer.warmup_steps` or `optimizer.clip_norm`."
+        )

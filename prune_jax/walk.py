@@ -74,7 +74,7 @@ class _Walk:
         except StopIteration as finished:
             self._want(finished.value, partial(self._finish, call.name))
             return
-        except PruneError as error:
+        except Exception as error:  # the other branches go on
             self._finish(call.name, failure(call, error))
             return
         got: dict[str, StageResult] = {}

@@ -20,3 +20,12 @@ def store(tmp_path):
     from prune_jax.checkpoints import Store
 
     return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def prefect_server():
+    """One server of Prefect's for all tests that run flows."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield

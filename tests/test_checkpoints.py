@@ -332,7 +332,7 @@ def test_records_are_found_listed_and_their_history_kept(store):
     assert store.record("mine")["turn"] == "2 again"
     assert store.runs() == ["other", "mine"]
     history = sorted((Path(store.root) / "runs" / "mine" / "history").iterdir())
-    assert [json.loads(p.read_text())["turn"] for p in history] == [0, 1]
+    assert [json.loads(p.read_text())["turn"] for p in history] == [0, 1, 2]
     assert not [p for p in files(store) if p.suffix == ".tmp"]
 
 

@@ -44,7 +44,13 @@ GOLDEN = {
         "to-four": "dd263c713cb2d9e8667b",
         "evaluate": "5865a7806789947e60a3",
     },
-    "sensitivities": {},
+    "sensitivities": {
+        "train": "65565669d226ffb4b28b",
+        "prune[statistic=mean]": "03ea0a2d1b723581d932",
+        "evaluate[statistic=mean]": "460c84dcfee9912c3e4b",
+        "prune[statistic=median]": "582a25ffa9dffab178c8",
+        "evaluate[statistic=median]": "e90f45c1bad4b99c2083",
+    },
 }
 
 
@@ -274,9 +280,16 @@ def test_rewinding_adds_the_training_stopped_there(rewind, step):
     [
         ({}, ["train · mlp", "prune · taylor · 0.5", "evaluate · train, prune"]),
         ({"train": TRAIN, "prune": {**PRUNE, "target": {"keep": 4}}}, ["train · mlp", "prune · taylor · keep 4"]),
-        ({"train": TRAIN, "prune": {**PRUNE, "target": {"statistic": "mean"}}}, [None, "prune · taylor · statistic mean"]),
         (
-            {"train": TRAIN, "score": {"kind": "score", "criterion": "snip"}, "mask": {"kind": "mask", "scope": {"*": 0.5}}},
+            {"train": TRAIN, "prune": {**PRUNE, "target": {"statistic": "mean"}}},
+            [None, "prune · taylor · statistic mean"],
+        ),
+        (
+            {
+                "train": TRAIN,
+                "score": {"kind": "score", "criterion": "snip"},
+                "mask": {"kind": "mask", "scope": {"*": 0.5}},
+            },
             [None, "score · snip", "mask · table · table"],
         ),
         ({"train": TRAIN, "more": {"kind": "finetune", "steps": 5}}, [None, "finetune · 5 steps"]),
@@ -304,7 +317,10 @@ def test_a_matrix_trains_once_and_names_rows_by_what_they_change():
     assert calls["prune[criterion=taylor,sparsity=0.5]"].key == keys(recipe())["prune"]
     assert calls["evaluate[criterion=taylor,sparsity=0.5]"].key == keys(recipe())["evaluate"]
     assert calls["prune[criterion=snip,sparsity=0.9]"].facts["row"] == {"criterion": "snip", "sparsity": "0.9"}
-    assert list(calls["evaluate[criterion=snip,sparsity=0.9]"].inputs) == ["train", "prune[criterion=snip,sparsity=0.9]"]
+    assert list(calls["evaluate[criterion=snip,sparsity=0.9]"].inputs) == [
+        "train",
+        "prune[criterion=snip,sparsity=0.9]",
+    ]
 
 
 def test_a_matrix_of_the_recipe_and_of_a_stage_are_the_same():

@@ -53,15 +53,19 @@ def batch():
     return {"x": rng.standard_normal((16, 5)).astype(np.float32), "y": rng.standard_normal((16, 3)).astype(np.float32)}
 
 
-def train(tx, params, batch, *, steps=4, gradients_of=loss):
+def make_step(tx, batch, gradients_of=loss):
     @jax.jit
     def step(params, state):
         gradients = jax.grad(gradients_of)(params, batch)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
+    return step
+
+
+def train(tx, params, step):
     state = tx.init(params)
-    for _ in range(steps):
+    for _ in range(4):
         params, state = step(params, state)
     return params, state
 
@@ -72,18 +76,19 @@ def dead_of(array, masks):
     return np.asarray(array)[~by_shape[array.shape]] if array.shape in by_shape else np.zeros(0)
 
 
-@pytest.mark.parametrize("start", ["masked", "dense"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_pruned_weights_and_their_moments_are_exactly_zero(name, start, params, masks, batch):
-    given = apply_masks(params, masks) if start == "masked" else params
-    trained, state = train(masked(OPTIMIZERS[name], masks), given, batch)
-    for leaf in jax.tree.leaves((trained, state.inner)):
-        if hasattr(leaf, "shape") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            np.testing.assert_array_equal(dead_of(leaf, masks), 0)
-    assert jax.tree.structure(state.masks) == jax.tree.structure(masks)
+def test_pruned_weights_and_their_moments_are_exactly_zero(name, params, masks, batch):
+    tx = masked(OPTIMIZERS[name], masks)
+    step = make_step(tx, batch)
+    for start in (params, apply_masks(params, masks)):
+        trained, state = train(tx, start, step)
+        for leaf in jax.tree.leaves((trained, state.inner)):
+            if hasattr(leaf, "shape") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                np.testing.assert_array_equal(dead_of(leaf, masks), 0)
+        assert jax.tree.structure(state.masks) == jax.tree.structure(masks)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "noise"])
+@pytest.mark.parametrize("name", ["momentum", "adamw", "lion", "rmsprop", "l2 before adam", "multi_transform"])
 def test_survivors_train_as_in_the_network_without_the_pruned_weights(name, params, masks, batch):
     """The oracle: a dense optimizer on a loss in which pruned weights are multiplied away."""
 
@@ -91,28 +96,24 @@ def test_survivors_train_as_in_the_network_without_the_pruned_weights(name, para
         return loss(apply_masks(params, masks), batch)
 
     zeroed = apply_masks(params, masks)
-    wanted, _ = train(OPTIMIZERS[name], zeroed, batch, gradients_of=without)
-    found, _ = train(masked(OPTIMIZERS[name], masks), zeroed, batch)
+    dense, sparse = OPTIMIZERS[name], masked(OPTIMIZERS[name], masks)
+    wanted, _ = train(dense, zeroed, make_step(dense, batch, without))
+    found, _ = train(sparse, zeroed, make_step(sparse, batch))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_full_masks_change_nothing(params, batch):
     full = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
-    wanted, _ = train(optax.adam(1e-2), params, batch)
-    found, _ = train(masked(optax.adam(1e-2), full), params, batch)
+    dense, sparse = optax.adam(1e-2), masked(optax.adam(1e-2), full)
+    wanted, _ = train(dense, params, make_step(dense, batch))
+    found, _ = train(sparse, params, make_step(sparse, batch))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)  # XLA fuses them differently
 
 
 def test_masks_in_the_state_are_replaced_without_compiling(params, masks, batch):
-    tx = masked(optax.sgd(0.1), None)  # the transformation itself need not know them
-
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
-        return optax.apply_updates(params, updates), state
-
+    step = make_step(masked(optax.sgd(0.1), None), batch)  # the transformation itself need not know them
     state = MaskedState(masks, optax.sgd(0.1).init(params))
     params, state = step(params, state)
     flipped = jax.device_put(jax.tree.map(lambda m: np.roll(np.asarray(m), 1), masks))

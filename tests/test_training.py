@@ -264,7 +264,9 @@ def test_a_diverging_loss_is_named_with_step_and_learning_rate(optimizer, rate):
     text = str(caught.value)
     losses = train_losses_by_hand(optimizer)
     first = int(np.flatnonzero(~np.isfinite(losses))[0])
-    assert text.startswith(f"the loss became {losses[first]} at step {first + 1} of 30, at learning rate {rate} (sgd). ")
+    assert text.startswith(
+        f"the loss became {losses[first]} at step {first + 1} of 30, at learning rate {rate} (sgd). "
+    )
     assert text.endswith("Lower `optimizer.learning_rate`, add `optimizer.warmup_steps` or `optimizer.clip_norm`.")
 
 

@@ -6,9 +6,16 @@ A discriminator (`kind`) never has a default: `exclude_defaults` would drop it f
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from prune_jax.errors import did_you_mean
@@ -32,12 +39,15 @@ class Frozen(BaseModel):
     @classmethod
     def _only_known_fields(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for field in data:
+            for field, value in data.items():
                 if field not in cls.model_fields:
                     known = ", ".join(cls.model_fields)
                     raise mistake(
                         field, f"is not a field here{did_you_mean(field, cls.model_fields)} (allowed: {known})"
                     )
+                taken = cls.model_fields[field].annotation
+                if isinstance(value, bool) and not {bool, Any} & {taken, *get_args(taken)}:  # else True were 1
+                    raise mistake(field, "must not be true or false")
         return data
 
 

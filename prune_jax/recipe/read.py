@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,16 @@ def _parse(source: str) -> tuple[str, dict[str, Any]]:
     if source in texts:
         text = texts[source]
     elif path.is_file():
-        text = path.read_text("utf-8")
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise UserMistake(f"{source}: is no text; a recipe is YAML in UTF-8") from None
     else:
         raise UserMistake(
             f"{source}: no such file and no built-in recipe{did_you_mean(source, texts)} (built in: {', '.join(texts)})"
         )
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         at = f":{where.line + 1}:{where.column + 1}" if where else ""
@@ -88,6 +91,18 @@ def _parse(source: str) -> tuple[str, dict[str, Any]]:
     return source, raw
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which would silently take the last of two fields of one name."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _with_change(raw: dict[str, Any], change: str) -> dict[str, Any]:
     path, equals, text = change.partition("=")
     if not equals or not path.strip():
@@ -96,20 +111,27 @@ def _with_change(raw: dict[str, Any], change: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserMistake(f"--set {change}: {text!r} is not a YAML value") from None
-    return with_value(raw, path.strip(), value)
+    steps = path.strip().split(".")
+    stages = raw.get("stages", {})
+    if steps[0] == "stages" and len(steps) > 2 and steps[1] not in stages:
+        raise UserMistake(
+            f"--set {change}: there is no stage {steps[1]!r}{did_you_mean(steps[1], stages)} "
+            f"(stages: {', '.join(stages)})"
+        )
+    return with_value(raw, steps, value)
 
 
-def with_value(raw: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of `raw` with `value` at the dotted path; mappings on the way are made where they are missing.
+def with_value(raw: Mapping[str, Any], path: str | Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of `raw` with `value` at the (dotted) path; mappings on the way are made where they are missing.
 
     >>> with_value({"a": {"b": 1}}, "a.c.d", 2)
     {'a': {'b': 1, 'c': {'d': 2}}}
     """
-    head, _, rest = path.partition(".")
+    head, *rest = path.split(".") if isinstance(path, str) else path
     inner = raw.get(head)
-    if rest and inner is not None and not isinstance(inner, Mapping):
-        inner = {"name": inner} if head in {"criterion"} else None
-    return {**raw, head: with_value(inner or {}, rest, value) if rest else value}
+    if head == "criterion" and isinstance(inner, str):
+        inner = {"name": inner}
+    return {**raw, head: with_value(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value}
 
 
 def explain(error: ValidationError, raw: Any) -> list[str]:
@@ -125,7 +147,8 @@ def explain(error: ValidationError, raw: Any) -> list[str]:
         path, value, found = _locate(location, raw, missing=mistake["type"] == "missing")
         shown = f" = {_short(value)}" if found and not isinstance(value, dict) else ""
         lines.setdefault(path, f"{path}{shown}: {_sentence(mistake, context, value)}")
-    return list(lines.values())
+    deeper = [path for path in lines if any(other.startswith(f"{path}.") for other in lines)]
+    return [line for path, line in lines.items() if path not in deeper]  # of a union, the member that was meant
 
 
 def _locate(location: list[Any], raw: Any, *, missing: bool) -> tuple[str, Any, bool]:
@@ -168,6 +191,8 @@ def _sentence(mistake: Mapping[str, Any], context: Mapping[str, Any], value: Any
         allowed = re.findall(r"'([^']*)'", str(context.get("expected_tags", context.get("expected", ""))))
         given = context.get("tag", value)
         return f"is not known{did_you_mean(given, allowed)} (allowed: {', '.join(allowed)})"
+    if kind in {"model_type", "model_attributes_type", "dict_type"}:
+        return "must be a mapping of fields to values"
     if kind == "union_tag_not_found":
         return "is missing its `kind`"
     if kind == "string_pattern_mismatch":

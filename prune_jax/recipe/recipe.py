@@ -21,6 +21,7 @@ from prune_jax.recipe.parts import (
     Schedule,
     Search,
     Target,
+    mistake,
 )
 from prune_jax.recipe.wiring import check_wiring
 
@@ -151,7 +152,17 @@ class Prune(Stage, Prunable, Allocation):
                 raise ValueError(f"search tries values of threshold, sparsity or percentile, not of {word}")
             if self.schedule.kind != "one_shot":
                 raise ValueError("search goes with `schedule: {kind: one_shot}`")
+            for amount in self.search.amounts:
+                _check_amount(word, amount)
         return self
+
+
+def _check_amount(word: str, amount: float) -> None:
+    """Refuses an amount to try that the target itself would refuse."""
+    possible = {"sparsity": 0 <= amount < 1, "percentile": 0 < amount < 100}.get(word, True)
+    if not possible:
+        allowed = {"sparsity": "at least 0 and below 1", "percentile": "above 0 and below 100"}[word]
+        raise mistake("search.amounts", f"{amount:g} cannot be a {word}, which must be {allowed}")
 
 
 class Latency(Frozen):

@@ -13,7 +13,7 @@ import optax
 from prune_jax.scoring import mask, score
 from prune_jax.sparse_training import masked
 from tests.benchmarks.networks import NETWORKS
-from tests.benchmarks.rounds import in_turns, ratio
+from tests.benchmarks.rounds import Figure, in_turns, ratio
 
 OPTIMIZERS = {"sgd": optax.sgd(1e-2, momentum=0.9), "adam": optax.adam(1e-3), "adamw": optax.adamw(1e-3)}
 
@@ -37,7 +37,7 @@ def _stepper(
     return run
 
 
-def measure(rounds: int = 21) -> dict[str, float]:
+def measure(rounds: int = 21) -> dict[str, Figure]:
     found = {}
     for name, network in NETWORKS.items():
         params, loss, batches = network(batches=1)

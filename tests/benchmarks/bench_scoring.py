@@ -12,7 +12,7 @@ from prune_jax.criteria import CRITERIA
 from prune_jax.scoring import prunable_paths
 from prune_jax.statistics import gather
 from tests.benchmarks.networks import NETWORKS
-from tests.benchmarks.rounds import in_turns, ratio
+from tests.benchmarks.rounds import Figure, in_turns, ratio
 
 CRITERIA_MEASURED = ("sensitivity", "snip", "taylor", "fisher")
 
@@ -23,7 +23,7 @@ def _gradient_pass(gradient: Callable[..., Any], params: Any, batches: list[Any]
     return answer
 
 
-def measure(rounds: int = 15) -> dict[str, float]:
+def measure(rounds: int = 15) -> dict[str, Figure]:
     found = {}
     for name, network in NETWORKS.items():
         params, loss, batches = network(batches=24)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from prune_jax.selection import all_but_lowest
-from tests.benchmarks.rounds import in_turns, ratio
+from tests.benchmarks.rounds import Figure, in_turns, ratio
 
 SORTED = 1_000_000  # more would take seconds
 
 
-def measure(rounds: int = 7) -> dict[str, float]:
+def measure(rounds: int = 7) -> dict[str, Figure]:
     found = {}
     for size in (SORTED, 10_000_000):
         scores = jnp.asarray(np.abs(np.random.default_rng(0).standard_normal(size, np.float32))).reshape(1000, -1)

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from statistics import median
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+
+
+class Figure(NamedTuple):
+    """A median over rounds and its quartiles."""
+
+    value: float
+    low: float
+    high: float
+    unit: str = ""
+
+
+def figure(values: Sequence[float], unit: str = "") -> Figure:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return Figure(float(middle), float(low), float(high), unit)
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
@@ -24,6 +38,6 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
     return seconds
 
 
-def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> float:
-    """The median over rounds of `name`'s time in units of the time of `to` in the same round."""
-    return median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> Figure:
+    """`name`'s time in units of the time of `to` in the same round."""
+    return figure([a / b for a, b in zip(seconds[name], seconds[to], strict=True)])
