@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.markup import escape
 from rich.table import Table
 
 from prune_jax.criteria import CRITERIA
@@ -41,7 +42,7 @@ def methods_tables() -> Iterator[Table]:
     for name in CRITERIA:
         entry = CRITERIA[name]
         needs = ", ".join(sorted(entry.needs)) or "nothing"
-        table.add_row(name, entry.formula, needs, ", ".join(entry.granularities), entry.paper)
+        table.add_row(name, escape(entry.formula), needs, ", ".join(entry.granularities), escape(entry.paper))
     yield table
     table = _table("granularity", "what dies together")
     for name, meaning in GRANULARITIES.items():
@@ -53,7 +54,7 @@ def methods_tables() -> Iterator[Table]:
     yield table
     table = _table("target", "how many die")
     for name, meaning in TARGETS.items():
-        table.add_row(name, meaning)
+        table.add_row(name, escape(meaning))
     yield table
     table = _table("schedule", "sparsity of round r of R", "paper")
     for name, (formula, paper) in SCHEDULES.items():

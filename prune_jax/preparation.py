@@ -52,7 +52,9 @@ def _at(recipe: str, path: str, value: Any) -> Iterator[None]:
         yield
     except UserMistake as mistake:
         raise UserMistake(f"{recipe}: {path} = {value!r}: {mistake}") from None
-    except OSError as fault:  # of the user's own function: the same recipe may work the next time
+    except PruneError:
+        raise
+    except Exception as fault:  # whatever the user's own code raises, and its place in the recipe
         raise PruneError(f"{recipe}: {path} = {value!r}: {type(fault).__name__}: {fault}") from fault
 
 

@@ -112,8 +112,8 @@ def code_of(recipe: Recipe) -> dict[str, str]:
 def _code_digest(reference: str) -> str:
     try:
         return _file_digest(importlib.import_module(reference.partition(":")[0]))
-    except ImportError:
-        return ""  # what uses it will say so, with the mend
+    except Exception:
+        return ""  # what uses it will say so, with its place in the recipe
 
 
 @functools.lru_cache(maxsize=64)

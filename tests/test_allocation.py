@@ -93,7 +93,7 @@ def test_a_table_names_each_leafs_sparsity(scores):
         ({"percentile": 0}, np.min),
         ({"percentile": 97}, lambda s: np.percentile(s, 97)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "tied"])
 def test_what_scores_below_the_number_dies(scores, scope, target, number, ties):

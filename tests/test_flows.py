@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 
@@ -24,7 +25,7 @@ from tests.samples import faults
 RECOVERY = {"steps": 3, "optimizer": {"learning_rate": 0.01}}
 
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.xdist_group("prefect")]
 
 
 @pytest.fixture(autouse=True)
@@ -273,7 +274,7 @@ def test_local_runs_one_stage_at_a_time(tmp_path):
     a, b = ({**PRUNE, "criterion": name, "after": "train"} for name in ("magnitude", "random"))
     record = run(tiny(train=TRAIN, a=a, b=b), store=tmp_path, name="alone", runner="local")
     spans = sorted((s["begin"], s["begin"] + s["seconds"]) for s in record["stages"].values())
-    assert all(end <= begin + 0.05 for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= begin + 0.05 for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 def test_a_long_stage_shows_its_progress(tmp_path):

@@ -414,6 +414,7 @@ YAML_ERRORS = [
     ("just text", ": a recipe is a mapping of name, data, model and stages; this is a str"),
     ("", ": a recipe is a mapping of name, data, model and stages"),
     (GOOD + "1: 2\n", f": 1: is not a field here {TOP}"),
+    (GOOD + "? [a, b]\n: 3\n", ":6:"),
     (GOOD + "---\nb: 3\n", ":6:1: not YAML: but found another document"),
 ]
 

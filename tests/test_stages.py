@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from prune_jax.preparation import prepare
 from prune_jax.recipe import read_recipe
 from prune_jax.stages import run_stage
 from tests.plain import EVALUATE, PRUNE, TRAIN, arrays, part, run_plain, same_bytes, tiny
+
+pytestmark = pytest.mark.xdist_group("stages")  # what recipes share is trained and compiled once
 
 BUILT_IN = ("magnitude", "random", "sensitivity", "snip", "taylor", "fisher")
 HELD_STILL = {"name": "sgd", "learning_rate": 1e-44}  # steps that move nothing
@@ -172,8 +175,6 @@ def test_a_neuron_dies_with_its_incoming_weights_and_its_bias(shared):
 
 def test_magnitude_with_keep_is_the_projection(shared):
     """min ||W - W'||^2 s.t. ||W'||_0 <= k: no other choice of k weights is nearer."""
-    import itertools
-
     raw = tiny(
         "numbers",
         objective="regression",
@@ -210,7 +211,7 @@ def test_what_is_dead_stays_dead_over_rounds(shared):
     prune = {**PRUNE, "schedule": {"kind": "iterative", "rounds": 3}, "criterion": "random", "finetune": {"steps": 2}}
     _, results = run_plain(tiny(train=TRAIN, prune=prune), shared)
     rounds = [network(shared, results[f"prune.{turn}.finetune"]) for turn in (1, 2, 3)]
-    for (_, before), (params, after) in zip(rounds, rounds[1:], strict=False):
+    for (_, before), (params, after) in itertools.pairwise(rounds):
         for path in before:
             assert not (after[path] & ~before[path]).any()
             assert not params[path][~after[path]].any()
@@ -260,11 +261,18 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+# What takes long to compile is scored by its weights alone and not trained on, or left to the slow tests.
+TRAINED_ON = ("mlp", "gru", "nnx", "linen", "autoencoder", "regression")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in {"lstm", "tokens", "resnet"} else k for k in MODELS]
+)
 def test_every_model_and_objective_runs_from_training_to_evaluation(shared, kind):
     data, model, objective = MODELS[kind]
     recovery = {"steps": 2, "optimizer": {"name": "sgd", "learning_rate": 0.01, "momentum": 0.9}}
-    prune = {**PRUNE, "criterion": "taylor", "finetune": recovery, "min_keep": 1}
+    more = {"criterion": "taylor", "finetune": recovery} if kind in TRAINED_ON else {}
+    prune = {**PRUNE, "min_keep": 1, **more}
     stages = {"train": {**TRAIN, "steps": 3}, "prune": prune, "evaluate": EVALUATE}
     _, results = run_plain(tiny(data, model=model, objective=objective, **stages), shared)
     params, masks = network(shared, results["prune"])
@@ -355,8 +363,8 @@ def test_scores_are_of_so_many_batches(shared, batches):
     split = load("tests.samples.tiny:numbers", validation=0.2).train
     params, _ = network(shared, results["train"])
     gradients = []
-    for i in range(0, len(split["x"]), 10)[:batches]:
-        x, y = split["x"][i : i + 10], split["y"][i : i + 10]
+    for i in range(0, len(split["x"]), 9)[:batches]:
+        x, y = split["x"][i : i + 9], split["y"][i : i + 9]
         error = x @ params["output/kernel"] + params["output/bias"] - y
         gradients.append((np.abs(x.T @ error * 2 / y.size), len(x)))
     expected = sum(g * n for g, n in gradients) / sum(n for _, n in gradients)
@@ -370,7 +378,7 @@ def test_the_same_recipe_gives_the_same_bytes_in_another_store(tmp_path):
     stores = [Store(tmp_path / name) for name in "ab"]
     first, second = (run_plain(raw, s)[1] for s in stores)
     assert {n: r.key for n, r in first.items()} == {n: r.key for n, r in second.items()}
-    for name, result in first.items():
+    for _name, result in first.items():
         same_bytes(arrays(stores[0], result), arrays(stores[1], result))
 
 
@@ -404,7 +412,7 @@ def test_a_damaged_artifact_is_made_anew_and_only_that(store):
 
 def test_a_damaged_parent_is_never_trusted(store):
     raw = tiny(train=TRAIN, prune=PRUNE)
-    plan, first = run_plain(raw, store)
+    _plan, first = run_plain(raw, store)
     other = prepare(read_recipe(tiny(train=TRAIN, score={"kind": "score", "criterion": "snip"}))).calls[-1]
     meta = Path(store.path(first["train"].ref)) / "meta.json"
     meta.write_text("cut off")
@@ -495,10 +503,10 @@ def test_a_training_that_ends_in_infinity_is_no_success_without_a_validation_spl
     """The last step's weights are looked at by nobody else."""
     train = {"kind": "train", "steps": 1, "optimizer": {"name": "sgd", "learning_rate": 1e39}}
     raw = tiny("numbers", objective="regression", model={"kind": "linear"}, validation=0, train=train)
+    raw["data"]["args"] = {"scale": 1e4}
     _, results = run_plain(raw, store, name_failures=False)
-    params = {} if not results["train"].good else network(store, results["train"])[0]
-    assert all(np.isfinite(w).all() for w in params.values())
     assert results["train"].status == "failed"
+    assert results["train"].message.startswith("the weights became infinite at step 1 of 1, at learning rate 1e+39")
 
 
 def test_data_that_change_during_a_run_are_refused(store, tmp_path):

@@ -89,7 +89,11 @@ def test_only_what_is_needed_is_gathered_and_only_of_prunable_leaves(params):
     assert jaxpr.count("reduce_sum") == 1  # of the loss; the bias's gradient would be a second
 
 
-@pytest.mark.parametrize("needs", [{"gradient_abs", "gradient_square"}, {"example_gradient_square"}], ids=str)
+@pytest.mark.parametrize(
+    "needs",
+    [{"gradient_abs", "gradient_square"}, {"example_gradient_square"}],
+    ids=lambda needs: "+".join(sorted(needs)),
+)
 def test_one_compilation_serves_all_batches_and_later_calls(params, needs):
     traced = []
 
@@ -123,7 +127,9 @@ def test_a_partial_loss_hands_its_arrays_in(params):
     assert len(traced) == 1
 
 
-@pytest.mark.parametrize("needs", [{"gradient_abs"}, {"example_gradient_square"}], ids=str)
+@pytest.mark.parametrize(
+    "needs", [{"gradient_abs"}, {"example_gradient_square"}], ids=lambda needs: "+".join(sorted(needs))
+)
 def test_memory_does_not_grow_with_the_number_of_batches(params, needs):
     def live(count):
         held = []

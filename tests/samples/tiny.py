@@ -48,14 +48,14 @@ def tokens(samples=24, steps=5):
     return found
 
 
-def numbers(samples=40):
+def numbers(samples=40, scale=1.0):
     """Two numbers to predict from three: [samples, 3] -> [samples, 2]."""
     rng = np.random.default_rng(0)
     weights = np.array([[1.0, 0.0], [0.0, -2.0], [0.0, 0.0]])
     found = {"note": "made up"}
     for split in ("train", "test"):
         x = rng.normal(size=(samples, 3))
-        found |= {f"x_{split}": x, f"y_{split}": x @ weights}
+        found |= {f"x_{split}": scale * x, f"y_{split}": x @ weights}
     return found
 
 

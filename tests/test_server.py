@@ -1,0 +1,104 @@
+"""The temporary server: starts while other work goes on, ends with its process, and says why it does not start."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_UI_URL, temporary_settings
+from prune_jax.flows import server
+
+from prune_jax.errors import PruneError
+
+STARTS_ONE_AND_IS_KILLED = """
+import os, signal, sys
+from prune_jax.flows import server
+temporary = server.start_early()
+with server.in_use(temporary):
+    print(temporary.port, "prefect.server.api.server" in sys.modules, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("prefect")  # the first start in a home takes twice as long
+
+
+@pytest.fixture
+def home(shared):
+    yield from _home(shared)
+
+
+@pytest.fixture
+def broken_home(tmp_path):
+    (tmp_path / "prefect").write_text("a file where a folder is wanted")
+    yield from _home(tmp_path / "prefect")
+
+
+def _home(folder):
+    server._start.cache_clear()
+    with temporary_settings({PREFECT_HOME: folder}, restore_defaults={PREFECT_API_URL}):
+        yield folder
+    if server._start.cache_info().currsize:
+        server._stop(server._start().process)
+    server._start.cache_clear()
+
+
+def _answers(port: int) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2).status == http.client.OK
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_a_url_makes_a_server_configured(home):
+    assert not server.configured()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
+        assert server.configured()
+
+
+def test_one_server_serves_all_runs_of_a_process_and_another_one_those_after_its_end(home):
+    first = server.start_early()
+    assert server.start_early() is first
+    with server.in_use(first):
+        assert PREFECT_API_URL.value() == f"http://127.0.0.1:{first.port}/api"
+        assert not PREFECT_UI_URL.value()
+        with get_client(sync_client=True) as client:
+            assert client.api_healthcheck() is None
+    assert not server.configured()
+    assert (home / "prefect.db").exists()
+
+    server._stop(first.process)
+    assert not _answers(first.port)
+    second = server.start_early()
+    assert second is not first
+    with server.in_use(second):
+        assert _answers(second.port)
+
+
+def test_it_ends_when_the_process_that_started_it_is_killed(home):
+    script = [sys.executable, "-c", STARTS_ONE_AND_IS_KILLED]
+    killed = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "PREFECT_HOME": str(home)})
+    port, imported = killed.stdout.split()
+    assert imported == "False"  # the import that a server in a process of its own saves
+    begun = time.monotonic()
+    while _answers(int(port)) and time.monotonic() - begun < 10:
+        time.sleep(0.1)
+    assert not _answers(int(port))
+
+
+def test_a_server_that_does_not_start_is_named_with_its_home(broken_home):
+    with pytest.raises(PruneError) as raised, server.in_use(server.start_early()):
+        pass
+    assert str(raised.value) == (
+        "Prefect's temporary server ended with exit code 3; what it wrote stands above. Its database lies in "
+        f"{broken_home}: make sure that it can be written there, or set PREFECT_API_URL to a server that runs."
+    )
