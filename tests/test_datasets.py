@@ -352,7 +352,7 @@ MISTAKES = {
     "a path too many": (("digits", {"path": "d.npz"}), "'path' is not an argument (accepted: none)"),
     "argument": (
         ("line", {"args": {"slop": 2}}),
-        "data 'line': 'slop' is not an argument; did you mean 'slope'? (accepted: points, slope, noise, distractors, seed)",
+        "data 'line': 'slop' is not an argument; did you mean 'slope'? (accepted: points, slope, noise, distractors, seed)",  # noqa: E501
     ),
     "points": (("xor", {"args": {"points": 0}}), "data 'xor': points = 0: must be a positive integer"),
     "noise": (("line", {"args": {"noise": -1}}), "noise = -1: must be a number, at least 0"),
