@@ -266,5 +266,5 @@ def _loss_function(network: Network, objective_name: str) -> Callable[[PyTree, P
 
 
 def mean_loss(network: Network, objective_name: str, state: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
-    """The resting network's mean loss, `(params, batch) -> scalar`; its state is an argument: one compile serves all."""
+    """The resting network's mean loss, `(params, batch) -> scalar`; its state is an argument, so it compiles once."""
     return jax.tree_util.Partial(_loss_function(network, objective_name), state)

@@ -21,8 +21,6 @@ from tests.samples.tiny import blobs
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.xdist_group("prefect")  # one server for all
-
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from tests.samples import faults
 RECOVERY = {"steps": 3, "optimizer": {"learning_rate": 0.01}}
 
 
-pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.xdist_group("prefect")]
+pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 @pytest.fixture(autouse=True)
@@ -278,9 +278,10 @@ def test_local_runs_one_stage_at_a_time(tmp_path):
 
 
 def test_a_long_stage_shows_its_progress(tmp_path):
-    raw = tiny(train={**TRAIN, "steps": 4000})
-    record = run(raw, store=tmp_path, name="long")
-    assert record["stages"]["train"]["seconds"] > 1.3, "too short to show progress: raise the steps"
+    """Its records come slowly: 60 steps of 9 take more than two seconds."""
+    pytest.importorskip("grain")
+    record = run(tiny("slow_records", train={**TRAIN, "steps": 60}), store=tmp_path, name="long")
+    assert record["status"] == "completed", record["message"]
     flow_run, _ = told("long · seed 0")
     (progress,) = artifacts_of(flow_run, "progress")
     assert progress["data"] == 100

@@ -116,7 +116,6 @@ def test_params_are_any_pytree(kind):
 
 
 @pytest.mark.usefixtures("prefect_server")
-@pytest.mark.xdist_group("prefect")
 def test_run_answers_the_record(tmp_path):
     from tests.plain import tiny
 

@@ -17,8 +17,6 @@ from prune_jax.recipe import read_recipe
 from prune_jax.stages import run_stage
 from tests.plain import EVALUATE, PRUNE, TRAIN, arrays, part, run_plain, same_bytes, tiny
 
-pytestmark = pytest.mark.xdist_group("stages")  # what recipes share is trained and compiled once
-
 BUILT_IN = ("magnitude", "random", "sensitivity", "snip", "taylor", "fisher")
 HELD_STILL = {"name": "sgd", "learning_rate": 1e-44}  # steps that move nothing
 

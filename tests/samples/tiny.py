@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,22 @@ def numbers(samples=40, scale=1.0):
         x = rng.normal(size=(samples, 3))
         found |= {f"x_{split}": scale * x, f"y_{split}": x @ weights}
     return found
+
+
+def slow_records(samples=40, seconds=0.02):
+    """Records of Grain's that come from somewhere far."""
+    import grain
+
+    found = blobs(samples)
+
+    def split(name):
+        def read(i):
+            time.sleep(seconds)
+            return {"x": found[f"x_{name}"][i], "y": found[f"y_{name}"][i]}
+
+        return grain.MapDataset.range(samples).map(read)
+
+    return {"train": split("train"), "test": split("test"), "classes": 3}
 
 
 def absolute_error(outputs, batch):
