@@ -222,18 +222,6 @@ def test_the_key_is_of_the_code_that_is_loaded_not_of_an_edit_that_is_not(module
     assert code_of(mine) == before
 
 
-def test_a_module_that_was_loaded_again_is_other_code(module):
-    """As `importlib.reload` and the autoreload of notebooks do it: the module stays the same object."""
-    import importlib
-
-    mine = read_recipe(with_value(recipe(), "objective", "users_own:mine"))
-    loaded = importlib.import_module("users_own")
-    before = code_of(mine)
-    module.write_text("mine = 'edited'  # and loaded again\n")
-    importlib.reload(loaded)
-    assert code_of(mine) != before
-
-
 def test_branches_share_their_ancestors_and_a_stage_takes_the_one_above():
     plan = plan_of(
         recipe(

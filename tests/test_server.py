@@ -12,7 +12,13 @@ import urllib.request
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_UI_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_DATABASE_CONNECTION_URL,
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_UI_URL,
+    temporary_settings,
+)
 from prune_jax.flows import server
 
 from prune_jax.errors import PruneError
@@ -45,7 +51,9 @@ def broken_home(tmp_path):
 
 def _home(folder):
     server._start.cache_clear()
-    with temporary_settings({PREFECT_HOME: folder}, restore_defaults={PREFECT_API_URL}):
+    with temporary_settings(
+        {PREFECT_HOME: folder}, restore_defaults={PREFECT_API_URL, PREFECT_API_DATABASE_CONNECTION_URL}
+    ):
         yield folder
     if server._start.cache_info().currsize:
         server._stop(server._start().process)

@@ -261,11 +261,10 @@ MODELS = {
 
 # What takes long to compile is scored by its weights alone and not trained on, or left to the slow tests.
 TRAINED_ON = ("mlp", "gru", "nnx", "linen", "autoencoder", "regression")
+SLOW = ("resnet", "lstm", "transformer", "tokens", "linen")
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in {"lstm", "tokens", "resnet"} else k for k in MODELS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in MODELS])
 def test_every_model_and_objective_runs_from_training_to_evaluation(shared, kind):
     data, model, objective = MODELS[kind]
     recovery = {"steps": 2, "optimizer": {"name": "sgd", "learning_rate": 0.01, "momentum": 0.9}}
