@@ -199,8 +199,8 @@ def test_a_users_mistake_is_not_retried(tmp_path):
 
 def test_a_result_that_would_come_again_is_not_retried(tmp_path):
     raw = tiny(train={**TRAIN, "optimizer": {"name": "sgd", "learning_rate": 1e30}, "steps": 30}, prune=PRUNE)
-    record = run(raw, store=tmp_path, name="diverged")
-    _, runs = told("diverged · seed 0")
+    record = run(raw, store=tmp_path, name="diverged-flow")
+    _, runs = told("diverged-flow · seed 0")
     assert [(r.run_count, r.state.name) for r in runs] == [(1, "Failed")]
     assert record["stages"]["train"]["message"].startswith("the loss became ")
     assert record["stages"]["prune"]["status"] == "skipped"
