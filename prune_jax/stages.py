@@ -158,6 +158,8 @@ def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays,
         alive=alive,
         params=params,
     )
+    if alive is not None:  # leaves that were not scored this time keep what they had: what is dead stays dead
+        masks = _like(params, leaves_by_path(alive) | leaves_by_path(masks))
     variables = Variables(jax.device_get(apply_masks(params, masks)), state)
     metrics = _validated(call.problem, variables, dataset_of(call.problem)) | {"sparsity": _sparsity(masks)}
     return _arrays(variables, jax.device_get(masks)), metrics

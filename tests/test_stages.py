@@ -529,3 +529,14 @@ def test_the_meta_of_an_artifact_tells_how_to_make_it_again(shared):
         assert (told.key, told.settings, told.seed, told.problem) == (call.key, call.settings, call.seed, call.problem)
         assert shared.meta(call.ref)["metrics"] == results[call.name].metrics
         assert shared.meta(call.ref)["seconds"] > 0
+
+
+def test_what_was_pruned_stays_pruned_where_a_later_pruning_does_not_look(store):
+    prune = {"kind": "prune", "criterion": "magnitude"}
+    recovery = {"steps": 3, "optimizer": {"learning_rate": 0.01}}
+    second = {**prune, "exclude": ["output"], "target": {"sparsity": 0.8}, "finetune": recovery}
+    raw = tiny(train=TRAIN, first={**prune, "target": {"sparsity": 0.5}}, second=second)
+    _, results = run_plain(raw, store)
+    kernels = [store.read(results[name].ref)[0]["params"]["output"]["kernel"] for name in ("first", "second")]
+    assert (kernels[0] == 0).any()
+    assert (kernels[1][kernels[0] == 0] == 0).all()
