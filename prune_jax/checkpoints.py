@@ -129,9 +129,8 @@ class Store:
         aside = final.parent / f".{ref.key}.{uuid.uuid4().hex[:8]}.tmp"
         aside.mkdir()
         flat = {p: np.asarray(a) for p, a in _flatten(arrays).items()}
-        filled = {
-            p: array for p, array in flat.items() if array.size
-        }  # Orbax saves no empty ones; their shape says all
+        # Orbax saves no empty arrays; their shape says all.
+        filled = {path: array for path, array in flat.items() if array.size}
         if filled:
             with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(aside / ARRAYS, args=ocp.args.StandardSave(nest(filled)))

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import prefect.main  # noqa: F401  (sets up logging, at which absl closes a stderr other than the present one)
 import pytest
 
 from prune_jax import cli
