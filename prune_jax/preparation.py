@@ -10,7 +10,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError, UserMistake, did_you_mean
 from prune_jax.plan import Plan, expand, make_plan
 from prune_jax.problems import code_of, data_of
-from prune_jax.recipe import Problem, Recipe, parents_of
+from prune_jax.recipe import Problem, Prune, Recipe, Recovery, RewindStep, StageCall, parents_of
 
 
 def prepare(recipe: Recipe) -> Plan:
@@ -21,6 +21,11 @@ def prepare(recipe: Recipe) -> Plan:
     """
     for row in expand(recipe)[1]:
         _check_names(row)
+        _check_rewinds(_plan(row))
+    return _plan(recipe)
+
+
+def _plan(recipe: Recipe) -> Plan:
     return make_plan(recipe, digest_of=lambda data: data_of(data).digest, code_of=code_of)
 
 
@@ -84,6 +89,32 @@ def _check_names(recipe: Recipe) -> None:
                 _known("metric", metric, ["loss", *goal.metrics])
                 if not recipe.data.validation:
                     raise UserMistake("needs a validation split: set `data.validation`, such as 0.1")
+
+
+def _check_rewinds(plan: Plan) -> None:
+    """Refuses to rewind to a step that the training does not reach; that of a fold has fewer steps."""
+    for call in plan.calls:
+        stage = plan.recipe.stages.get(call.name)
+        recovery = stage.finetune if isinstance(stage, Prune) else stage
+        if not isinstance(recovery, Recovery) or not isinstance(recovery.rewind, RewindStep) or not call.origin:
+            continue
+        search = stage.search if isinstance(stage, Prune) else None
+        steps = _training_steps(call.origin, (0, search.folds) if search else None)
+        field = "finetune.rewind.step" if isinstance(stage, Prune) else "rewind.step"
+        with _at(plan.recipe.name, f"stages.{call.name}.{field}", recovery.rewind.step):
+            if recovery.rewind.step > steps:
+                raise UserMistake(
+                    f"the training{' on a fold' if search else ''} ends at step {steps}: rewind to one from 0 to "
+                    f"{steps}, or train longer"
+                )
+
+
+def _training_steps(training: StageCall, fold: tuple[int, int] | None) -> int:
+    from prune_jax.training import length
+
+    split = data_of(training.problem.data, fold).train
+    epochs, steps = training.settings.get("epochs"), training.settings.get("steps")
+    return length(split, batch_size=training.problem.data.batch_size, epochs=epochs, steps=steps)[1]
 
 
 def _metrics(stage: Any) -> Iterator[tuple[str, str]]:

@@ -177,6 +177,27 @@ BAD = {
         {"stages.prune.scope": {"outptu": 0.5}, "stages.prune.target": None},
         "stages.prune.scope = {'outptu': 0.5}: scope['outptu'] fits no prunable leaf",
     ),
+    # rewinding
+    "rewind": (
+        {"stages.prune.finetune": {"steps": 1, "rewind": {"step": 9}}},
+        "stages.prune.finetune.rewind.step = 9: the training ends at step 8: rewind to one from 0 to 8, or train "
+        "longer",
+    ),
+    "rewind of a finetune stage": (
+        {
+            "stages.train": {"kind": "train", "epochs": 2},  # of 32 examples in batches of 9
+            "stages.prune": {"kind": "finetune", "steps": 1, "rewind": {"step": 7}},
+        },
+        "stages.prune.rewind.step = 7: the training ends at step 6: ",
+    ),
+    "rewind in a search": (
+        {
+            "stages.train": {"kind": "train", "epochs": 3},  # 9 steps, but 6 on 20 of 40 examples
+            "stages.prune.finetune": {"steps": 1, "rewind": {"step": 7}},
+            "stages.prune.search": {"amounts": [0.1, 0.2], "folds": 2},
+        },
+        "stages.prune.finetune.rewind.step = 7: the training on a fold ends at step 6: ",
+    ),
     # types
     "type": ({"stages.train.steps": "ten"}, "stages.train.steps = 'ten': "),
     "field": ({"stages.train.step": 3}, "stages.train.step = 3: is not a field here; did you mean 'steps'?"),
