@@ -84,6 +84,9 @@ def _check_names(recipe: Recipe) -> None:
                 criterion.check_options(stage.criterion.options)
             with _at(recipe.name, f"{where}.granularity", stage.granularity):
                 check_granularity(stage.granularity, criterion.granularities)
+        if stage.kind == "prune" and stage.search:
+            with _at(recipe.name, f"{where}.search.folds", stage.search.folds):
+                data_of(recipe.data, (0, stage.search.folds))
         for part, metric in _metrics(stage):
             with _at(recipe.name, f"{where}.{part}", metric):
                 _known("metric", metric, ["loss", *goal.metrics])

@@ -198,6 +198,12 @@ BAD = {
         },
         "stages.prune.finetune.rewind.step = 7: the training on a fold ends at step 6: ",
     ),
+    # searching
+    "folds": (
+        {"data.args": {"samples": 20}, "stages.prune.search": {"amounts": [0.1, 0.2], "folds": 21}},
+        "stages.prune.search.folds = 21: data 'tests.samples.tiny:blobs': fold = [0, 21]: must be [i, k] with 0 <= i < "
+        "k and 2 <= k <= 20, the training samples",
+    ),
     # types
     "type": ({"stages.train.steps": "ten"}, "stages.train.steps = 'ten': "),
     "field": ({"stages.train.step": 3}, "stages.train.step = 3: is not a field here; did you mean 'steps'?"),

@@ -365,7 +365,7 @@ MISTAKES = {
     ),
     "fold": (
         ("line", {"fold": (3, 3)}),
-        "fold = [3, 3]: must be [i, k] with 0 <= i < k and 2 <= k <= 100, the samples",
+        "fold = [3, 3]: must be [i, k] with 0 <= i < k and 2 <= k <= 100, the training samples",
     ),
     "nothing to split": (("line", {"args": {"points": 1}}), "1 sample cannot be split; set `validation: 0`"),
     "module": (("tests.samples.source:arrays", {}), "could not be imported: no module 'tests.samples.source'"),

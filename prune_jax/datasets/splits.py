@@ -63,7 +63,8 @@ def check_split(samples: int, validation: float, fold: tuple[int, int] | None, w
         index, folds = fold
         if not 2 <= folds <= samples or not 0 <= index < folds:
             raise UserMistake(
-                f"{where}: fold = {list(fold)}: must be [i, k] with 0 <= i < k and 2 <= k <= {samples}, the samples"
+                f"{where}: fold = {list(fold)}: must be [i, k] with 0 <= i < k and 2 <= k <= {samples}, "
+                "the training samples"
             )
     elif validation and samples < 2:
         raise UserMistake(f"{where}: {samples} sample cannot be split; set `validation: 0`")
