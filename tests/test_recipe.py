@@ -392,6 +392,21 @@ def test_a_search_tries_possible_amounts_only(target, amounts):
     assert "stages.prune.search.amounts" in found
 
 
+@pytest.mark.parametrize(
+    "how_many",
+    [{"target": {w: v}} for w, v in (("keep", 3), ("threshold", 0.1), ("statistic", "mean"), ("percentile", 9))]
+    + [{"target": None, "scope": {"*": 0.5}}],
+    ids=str,
+)
+def test_backing_off_needs_a_sparsity(how_many):
+    guard = {"max_drop": 0.1, "breach": {"action": "back_off"}}
+    word = next(iter(how_many["target"] or ["table"]))
+    assert complaint(changed("stages/prune", {**PRUNE, **how_many, "guard": guard})) == (
+        f"r: stages.prune.guard.breach.action = 'back_off': bisects a sparsity, but the target is {word}; "
+        "write stop or fail"
+    )
+
+
 def test_all_mistakes_are_told_at_once():
     raw = changed("seed", "x")
     raw["data"]["batch_size"] = 0

@@ -207,13 +207,6 @@ def test_back_off_in_one_shot_bisects_from_dense():
     assert last.facts["message"] == "backed off to 0: 0.225 breached the guard"
 
 
-@pytest.mark.parametrize("target", [{"threshold": 0.5}, {"keep": 3}])
-def test_back_off_without_a_level_says_that_it_stopped(target):
-    guard = {"max_drop": 0.1, "breach": {"action": "back_off"}}
-    _, last = drive({"target": target, "guard": guard}, lambda call: {"validation_accuracy": 0.1})
-    assert last.facts["message"].startswith("stopped at round 1: accuracy went from 0.9 to 0.1")
-
-
 @pytest.mark.parametrize(("loss", "kept"), [(0.59, True), (0.61, False), (0.1, True)])
 def test_a_loss_gets_worse_by_rising(loss, kept):
     guard = {"metric": "loss", "max_drop": 0.1}

@@ -329,7 +329,9 @@ class Breach(Frozen):
     """What follows when the guard's limit is crossed."""
 
     action: Literal["stop", "back_off", "fail"] = Field(
-        default="stop", description="stop: keep the last good round; back_off: bisect towards it; fail: the stage fails"
+        default="stop",
+        description="stop: keep the last good round; back_off: bisect towards it, where the target is a sparsity; "
+        "fail: the stage fails",
     )
     tries: int = Field(default=3, ge=1, le=20, description="bisections of back_off")
 

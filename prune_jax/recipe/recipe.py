@@ -154,6 +154,8 @@ class Prune(Stage, Prunable, Allocation):
                 raise ValueError("search goes with `schedule: {kind: one_shot}`")
             for amount in self.search.amounts:
                 _check_amount(word, amount)
+        if self.guard is not None and self.guard.breach.action == "back_off" and word != "sparsity":
+            raise mistake("guard.breach.action", f"bisects a sparsity, but the target is {word}; write stop or fail")
         return self
 
 
