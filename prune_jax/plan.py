@@ -1,7 +1,7 @@
 """Recipe -> plan: the stage calls with chained keys. Pure; nothing has run yet.
 
-A key is the digest of the stage's kind, its version, the settings that differ from their defaults and its parents'
-keys; names, retries and timeouts are not in it.
+A key is the digest of the stage's kind, its version (and those of its turns), the settings that differ from their
+defaults and its parents' keys; names, retries and timeouts are not in it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from prune_jax.recipe import (
     Data,
     Problem,
+    Prune,
     Recipe,
     Ref,
     StageCall,
@@ -289,6 +290,7 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             return [rewind, call] if rewind else [call]
         case "prune":
             content = {"settings": settings, "seed": seed, "network": parent.key, **_problem_part(problem)}
+            content["turns"] = {kind: VERSIONS[kind] for kind in _turns(stage)}
             if (stage.finetune and stage.finetune.rewind != "none") or stage.search:
                 content["origin"] = origin.key
             return [
@@ -321,6 +323,11 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             **operations,
         )
     ]
+
+
+def _turns(stage: Prune) -> tuple[str, ...]:
+    """The kinds of stage that a prune stage is made of."""
+    return ("score", "mask", "finetune") if stage.finetune else ("score", "mask")
 
 
 def _level(stage: Any) -> str:

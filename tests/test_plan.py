@@ -35,21 +35,21 @@ def keys(raw, **options):
 GOLDEN = {
     "lenet-300-100": {
         "train": "dfd2eb2280d44fd0b7db",
-        "prune": "be23d4007edbab469a4a",
-        "evaluate": "f2b2caaba8580c2f76d5",
+        "prune": "51c4f73054b620ae7431",
+        "evaluate": "61d9c5c3f419d71bd2c4",
     },
     "xor": {
         "train": "df557e088317d47e134d",
-        "by-threshold": "e2b6796ae1afc775981a",
-        "to-four": "dd263c713cb2d9e8667b",
-        "evaluate": "5865a7806789947e60a3",
+        "by-threshold": "7c503deb23389120d7fb",
+        "to-four": "c2ac22c44867a59cd15b",
+        "evaluate": "0237446be0606d968173",
     },
     "sensitivities": {
         "train": "65565669d226ffb4b28b",
-        "prune[statistic=mean]": "03ea0a2d1b723581d932",
-        "evaluate[statistic=mean]": "460c84dcfee9912c3e4b",
-        "prune[statistic=median]": "582a25ffa9dffab178c8",
-        "evaluate[statistic=median]": "e90f45c1bad4b99c2083",
+        "prune[statistic=mean]": "1c7592954b76e6416296",
+        "evaluate[statistic=mean]": "d747db5bf7249a3551d7",
+        "prune[statistic=median]": "a2eb1e33aed8c4abeb99",
+        "evaluate[statistic=median]": "af41915c73371cc2f0ab",
     },
 }
 
@@ -187,6 +187,18 @@ def test_a_new_version_of_a_stage_renames_it_and_what_follows(monkeypatch):
     assert after["train"] == before["train"]
     assert after["prune"] != before["prune"]
     assert after["evaluate"] != before["evaluate"]
+
+
+@pytest.mark.parametrize("finetune", [None, {"epochs": 1}], ids=["masked only", "fine-tuned"])
+@pytest.mark.parametrize("turn", ["score", "mask", "finetune"])
+def test_a_new_version_of_a_turn_renames_the_prune_stages_that_take_it(monkeypatch, turn, finetune):
+    raw = with_value(recipe(), "stages.prune.finetune", finetune)
+    before = keys(raw)
+    monkeypatch.setitem(planning.VERSIONS, turn, planning.VERSIONS[turn] + 1)
+    after = keys(raw)
+    assert after["train"] == before["train"]
+    assert (after["prune"] != before["prune"]) == (after["evaluate"] != before["evaluate"])
+    assert (after["prune"] != before["prune"]) == (turn != "finetune" or finetune is not None)
 
 
 @pytest.fixture
