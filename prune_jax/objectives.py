@@ -148,9 +148,8 @@ OBJECTIVES.add(
 )
 
 
-@cache
 def objective(name: str) -> Objective:
-    """The objective called `name`; the same name gives the same object.
+    """The objective called `name`; the same name gives the same object, until its module is loaded anew.
 
     Args:
         name: `classification`, `regression`, `reconstruction`, a plug-in's, or `module:loss` with
@@ -164,7 +163,11 @@ def objective(name: str) -> Objective:
     function = load_object(name)
     if not callable(function):
         raise UserMistake(f"objective {name!r} is {function!r}; it must be a function loss(outputs, batch) -> [batch].")
+    return _of_users(name, function)
 
+
+@cache
+def _of_users(name: str, function: Callable[..., Any]) -> Objective:
     def loss(outputs: jax.Array, batch: Batch) -> jax.Array:
         losses = jnp.asarray(function(outputs, batch))
         wanted = batch["x"].shape[:1]

@@ -40,12 +40,13 @@ def data_of(data: Data, fold: tuple[int, int] | None = None) -> Dataset:
     """What a recipe's `data` names."""
     args = json.dumps(data.args, sort_keys=True)
     stamp = Path(data.path).stat().st_mtime_ns if data.path and Path(data.path).exists() else 0
-    return _load(data.source, data.path, args, data.validation, fold, stamp)
+    code = _code_digest(data.source) if ":" in data.source else ""
+    return _load(data.source, data.path, args, data.validation, fold, (stamp, code))
 
 
 @functools.lru_cache(maxsize=4)
 def _load(
-    source: str, path: str | None, args: str, validation: float, fold: tuple[int, int] | None, stamp: int
+    source: str, path: str | None, args: str, validation: float, fold: tuple[int, int] | None, stamp: tuple[int, str]
 ) -> Dataset:
     return load(source, path=path, args=json.loads(args), validation=validation, fold=fold)
 
@@ -116,8 +117,10 @@ def _code_digest(reference: str) -> str:
         return ""  # what uses it will say so, with its place in the recipe
 
 
-@functools.lru_cache(maxsize=64)
 def _file_digest(module: ModuleType) -> str:
-    """Of the module's file as it was when it was first asked for: an edit counts when the module is imported anew."""
-    file = getattr(module, "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:20] if file else ""
+    """Of the module's file as it was when it was first asked for: an edit counts when the module is loaded anew."""
+    facts = vars(module.__spec__ or module)  # each import and each reload makes a spec of its own
+    if "_prune_jax_digest" not in facts:
+        file = getattr(module, "__file__", None)
+        facts["_prune_jax_digest"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:20] if file else ""
+    return facts["_prune_jax_digest"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 
 import pytest
 
 from prune_jax import plan as planning
+from prune_jax.objectives import objective
 from prune_jax.plan import make_plan
-from prune_jax.problems import code_of
+from prune_jax.problems import code_of, data_of
 from prune_jax.recipe import read_recipe, with_value
 
 TRAIN = {"kind": "train", "epochs": 2}
@@ -225,13 +227,33 @@ def test_edited_code_of_the_users_is_another_recipe(module, path):
 
 
 def test_the_key_is_of_the_code_that_is_loaded_not_of_an_edit_that_is_not(module):
-    import importlib
-
     mine = read_recipe(with_value(recipe(), "objective", "users_own:mine"))
     importlib.import_module("users_own")
     before = code_of(mine)
     module.write_text("mine = 'edited after it was imported, as in a notebook'\n")
     assert code_of(mine) == before
+
+
+def test_a_reloaded_module_is_edited_code_and_the_edit_is_what_runs(module):
+    module.write_text("def loss(outputs, batch):\n    return 1.0\n\ndef data():\n    return [1]\n")
+    mine = read_recipe(with_value(recipe(), "objective", "users_own:loss"))
+    before, first = code_of(mine), objective("users_own:loss")
+    assert objective("users_own:loss") is first
+    module.write_text("# edited\n" + module.read_text())
+    importlib.reload(sys.modules["users_own"])
+    assert code_of(mine) != before
+    assert objective("users_own:loss") is not first
+
+
+def test_data_are_read_again_by_a_reloaded_source(module):
+    text = "from prune_jax.datasets import SOURCES\n\ndef load():\n    return SOURCES['NAME']()\n"
+    module.write_text(text.replace("NAME", "xor"))
+    data = read_recipe(with_value(recipe(), "data.source", "users_own:load")).data
+    before = data_of(data).digest
+    assert data_of(data) is data_of(data)
+    module.write_text(text.replace("NAME", "line"))
+    importlib.reload(sys.modules["users_own"])
+    assert data_of(data).digest != before
 
 
 def test_branches_share_their_ancestors_and_a_stage_takes_the_one_above():
