@@ -122,12 +122,27 @@ class Store:
             arrays: nested dicts of arrays.
             meta: facts that JSON can hold; digests, versions and the shapes of the arrays are added.
         """
-        import orbax.checkpoint as ocp
-
         final = self.path(ref)
         final.parent.mkdir(parents=True, exist_ok=True)
         aside = final.parent / f".{ref.key}.{uuid.uuid4().hex[:8]}.tmp"
         aside.mkdir()
+        try:
+            full = self._fill(aside, ref, arrays, meta)
+            if self.meta(ref) is not None:
+                if self.intact(ref):  # somebody else was quicker
+                    return self.meta(ref) or full
+                self.set_aside(ref)
+            aside.rename(final)
+        finally:
+            if aside.exists():
+                aside.rmtree()
+        self.clear_work(ref)
+        return full
+
+    def _fill(self, aside: epath.Path, ref: Ref, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes arrays and meta into a folder."""
+        import orbax.checkpoint as ocp
+
         flat = {p: np.asarray(a) for p, a in _flatten(arrays).items()}
         # Orbax saves no empty arrays; their shape says all.
         filled = {path: array for path, array in flat.items() if array.size}
@@ -149,13 +164,6 @@ class Store:
         (aside / META).write_text(json.dumps(full, indent=1, allow_nan=False))
         if self.local:
             _sync(Path(aside))
-        if self.meta(ref) is not None:
-            if self.intact(ref):  # somebody else was quicker
-                aside.rmtree()
-                return self.meta(ref) or full
-            self.set_aside(ref)
-        aside.rename(final)
-        self.clear_work(ref)
         return full
 
     def set_aside(self, ref: Ref) -> epath.Path:
