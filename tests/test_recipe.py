@@ -407,6 +407,18 @@ def test_backing_off_needs_a_sparsity(how_many):
     )
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "told"),
+    [
+        ({"of": []}, "of = []: names no network; leave it out to take the stage above"),
+        ({"latency": {"batch_sizes": []}}, "latency.batch_sizes = []: must have 1 or more"),
+    ],
+)
+def test_an_evaluation_of_nothing_is_refused(evaluate, told):
+    raw = recipe(train=TRAIN, evaluate={"kind": "evaluate", **evaluate})
+    assert complaint(raw) == f"r: stages.evaluate.{told}"
+
+
 def test_all_mistakes_are_told_at_once():
     raw = changed("seed", "x")
     raw["data"]["batch_size"] = 0

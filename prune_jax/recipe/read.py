@@ -193,6 +193,8 @@ def _sentence(mistake: Mapping[str, Any], context: Mapping[str, Any], value: Any
         return f"is not known{did_you_mean(given, allowed)} (allowed: {', '.join(allowed)})"
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
         return "must be a mapping of fields to values"
+    if kind == "too_short":
+        return f"must have {context['min_length']} or more"
     if kind == "union_tag_not_found":
         return "is missing its `kind`"
     if kind == "string_pattern_mismatch":

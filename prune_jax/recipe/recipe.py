@@ -170,7 +170,7 @@ def _check_amount(word: str, amount: float) -> None:
 class Latency(Frozen):
     """Which batches are timed."""
 
-    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 64)
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 64), min_length=1)
 
 
 class Evaluate(Stage):
@@ -178,7 +178,14 @@ class Evaluate(Stage):
 
     kind: Literal["evaluate"]
     of: str | tuple[str, ...] | None = Field(default=None, description="the networks; left out, the stage above")  # type: ignore[assignment]
-    latency: Latency | None = Latency()
+    latency: Latency | None = Field(default=Latency(), description="null: nothing is timed")
+
+    @field_validator("of")
+    @classmethod
+    def _of_names_networks(cls, of: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if of == ():
+            raise ValueError("names no network; leave it out to take the stage above")
+        return of
 
     @property
     def parents(self) -> tuple[str, ...]:
