@@ -1,7 +1,7 @@
 """Recipe -> plan: the stage calls with chained keys. Pure; nothing has run yet.
 
 A key is the digest of the stage's kind, its version (and those of its turns), the settings that differ from their
-defaults and its parents' keys; names, retries and timeouts are not in it.
+defaults, the seed where something is drawn, and its parents' keys; names, retries and timeouts are not in it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from prune_jax.criteria import find
 from prune_jax.recipe import (
     Data,
     Problem,
@@ -78,7 +79,9 @@ def score_call(
     name: str, problem: Problem, settings: dict[str, Any], seed: int, network: Ref, level: str = "", **more: Any
 ) -> StageCall:
     """Scores of a network's units."""
-    content = {"settings": settings, "seed": seed, "network": network.key, "data": _data_part(problem)}
+    content: dict[str, Any] = {"settings": settings, "network": network.key, "data": _data_part(problem)}
+    if find(settings["criterion"]["name"]).stochastic:  # nothing else of a score is drawn
+        content["seed"] = seed
     return StageCall(
         name=name,
         label=" · ".join(filter(None, ("score", settings["criterion"]["name"], level))),
@@ -289,7 +292,9 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             )
             return [rewind, call] if rewind else [call]
         case "prune":
-            content = {"settings": settings, "seed": seed, "network": parent.key, **_problem_part(problem)}
+            content = {"settings": settings, "network": parent.key, **_problem_part(problem)}
+            if stage.finetune or find(stage.criterion.name).stochastic:
+                content["seed"] = seed
             content["turns"] = {kind: VERSIONS[kind] for kind in _turns(stage)}
             if (stage.finetune and stage.finetune.rewind != "none") or stage.search:
                 content["origin"] = origin.key

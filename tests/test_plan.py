@@ -42,9 +42,9 @@ GOLDEN = {
     },
     "xor": {
         "train": "df557e088317d47e134d",
-        "by-threshold": "7c503deb23389120d7fb",
+        "by-threshold": "d5c77cc0c4f1d648f27f",
         "to-four": "c2ac22c44867a59cd15b",
-        "evaluate": "0237446be0606d968173",
+        "evaluate": "4df0a196808baef8973a",
     },
     "sensitivities": {
         "train": "65565669d226ffb4b28b",
@@ -136,7 +136,6 @@ CHANGES = [
     ("stages.train.optimizer", {"decay_to": 0.0}, EVERYTHING),
     ("stages.train.optimizer", {"warmup_steps": 1}, EVERYTHING),
     ("stages.train.optimizer", {"clip_norm": 1}, EVERYTHING),
-    ("stages.prune.seed", 1, EVERYTHING[1:]),
     ("stages.prune.criterion", "snip", EVERYTHING[1:]),
     ("stages.prune.criterion", {"name": "taylor", "batches": 2}, EVERYTHING[1:]),
     ("stages.prune.criterion", {"name": "taylor", "options": {"a": 1}}, EVERYTHING[1:]),
@@ -160,6 +159,24 @@ CHANGES = [
     ("stages.evaluate.latency", None, EVERYTHING[2:]),
     ("stages.evaluate.latency", {"batch_sizes": [2]}, EVERYTHING[2:]),
 ]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "finetune", "told"),
+    [("taylor", None, False), ("random", None, True), ("taylor", {"epochs": 1}, True), ("random", {"epochs": 1}, True)],
+)
+def test_a_seed_is_in_the_key_of_a_pruning_that_draws(criterion, finetune, told):
+    prune = {**PRUNE, "criterion": criterion, "finetune": finetune}
+    before, after = (keys(recipe(train=TRAIN, prune={**prune, "seed": seed})) for seed in (0, 1))
+    assert before["train"] == after["train"]
+    assert (before["prune"] != after["prune"]) == told
+
+
+@pytest.mark.parametrize(("criterion", "told"), [("taylor", False), ("magnitude", False), ("random", True)])
+def test_a_seed_is_in_the_key_of_scores_that_are_drawn(criterion, told):
+    score = {"kind": "score", "criterion": criterion}
+    before, after = (keys(recipe(train=TRAIN, score={**score, "seed": seed})) for seed in (0, 1))
+    assert (before["score"] != after["score"]) == told
 
 
 @pytest.mark.parametrize(("path", "value", "expected"), CHANGES, ids=[f"{p}={v}" for p, v, _ in CHANGES])
