@@ -270,6 +270,8 @@ def _single_plan(recipe: Recipe, data_digest: str, code: dict[str, str]) -> Plan
 def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: list[StageCall]) -> list[StageCall]:
     seed = recipe.seed if stage.seed is None else stage.seed
     settings = stage.settings()
+    if "criterion" in settings:
+        settings["criterion"] = _without_defaults(settings["criterion"])
     operations: dict[str, Any] = {"operation": stage.operation()}
     if stage.kind == "train":
         if "steps" not in settings:
@@ -328,6 +330,14 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             **operations,
         )
     ]
+
+
+def _without_defaults(criterion: dict[str, Any]) -> dict[str, Any]:
+    """A criterion's settings without the options that are set to what its function takes them for."""
+    defaults = find(criterion["name"]).options
+    options = {k: v for k, v in criterion.get("options", {}).items() if k not in defaults or v != defaults[k]}
+    rest = {k: v for k, v in criterion.items() if k != "options"}
+    return {**rest, "options": options} if options else rest
 
 
 def _turns(stage: Prune) -> tuple[str, ...]:

@@ -106,6 +106,16 @@ def test_what_does_not_change_a_result_does_not_change_a_key(raw):
     assert keys(raw) == keys(recipe())
 
 
+@pytest.mark.parametrize("kind", ["score", "prune"])
+@pytest.mark.parametrize(("option", "same"), [({"p": 1}, True), ({"p": 1.0}, True), ({"p": 2}, False)])
+def test_an_option_at_its_default_is_the_same_as_one_left_out(kind, option, same):
+    def key(criterion):
+        stage = {**PRUNE, "criterion": criterion} if kind == "prune" else {"kind": "score", "criterion": criterion}
+        return keys(recipe(train=TRAIN, stage=stage))["stage"]
+
+    assert (key({"name": "magnitude", "options": option}) == key("magnitude")) == same
+
+
 def test_a_stage_may_be_called_anything():
     renamed = recipe(teach=TRAIN, thin=PRUNE, look={"kind": "evaluate", "of": ["teach", "thin"]})
     assert list(keys(renamed).values()) == list(keys(recipe()).values())
