@@ -453,6 +453,22 @@ def test_what_is_not_yaml_is_told_by_line_and_column(tmp_path, text, told):
     assert complaint(path).startswith(f"{path}{told}")
 
 
+@pytest.mark.parametrize("changes", [[], ["stages.train.epochs=3"], ["stages.on.epochs=3"]])
+@pytest.mark.parametrize(("name", "read"), [("on", True), ("no", False), ("1", 1), ("1.5", 1.5), ("null", None)])
+def test_a_stages_name_that_yaml_takes_for_a_value_must_be_quoted(tmp_path, name, read, changes):
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD + f"  {name}: {{kind: train}}\n")
+    if changes == ["stages.on.epochs=3"]:
+        assert "there is no stage 'on'" in complaint(path, changes=changes)
+    else:
+        assert complaint(path, changes=changes) == (
+            f"{path}: stages: {read} cannot be a stage's name: YAML takes on, off, yes, no, null and numbers for "
+            'values; put the name in quotes, such as "on"'
+        )
+    path.write_text(GOOD + f"  '{name}': {{kind: train}}\n")
+    assert list(read_recipe(path).stages) == ["train", name]
+
+
 def test_a_stage_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(GOOD + "  train: {kind: train, epochs: 3}\n")

@@ -112,7 +112,7 @@ def _with_change(raw: dict[str, Any], change: str) -> dict[str, Any]:
     except yaml.YAMLError:
         raise UserMistake(f"--set {change}: {text!r} is not a YAML value") from None
     steps = path.strip().split(".")
-    stages = raw.get("stages", {})
+    stages = [str(name) for name in raw.get("stages") or ()]
     if steps[0] == "stages" and len(steps) > 2 and steps[1] not in stages:
         raise UserMistake(
             f"--set {change}: there is no stage {steps[1]!r}{did_you_mean(steps[1], stages)} "

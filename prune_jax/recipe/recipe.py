@@ -214,6 +214,17 @@ class Recipe(Frozen):
     stages: dict[Name, AnyStage] = Field(min_length=1)
     matrix: Matrix | None = Field(default=None, description="{dotted.path: [values]}: one recipe for each combination")
 
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _stages_have_names(cls, stages: Any) -> Any:
+        for name in stages if isinstance(stages, dict) else ():
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"{name!r} cannot be a stage's name: YAML takes on, off, yes, no, null and numbers for values; "
+                    'put the name in quotes, such as "on"'
+                )
+        return stages
+
     @field_validator("stages")
     @classmethod
     def _stages_follow_stages(cls, stages: dict[str, Any]) -> dict[str, Any]:
