@@ -15,7 +15,7 @@ import numpy as np
 
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.selection import count_below, kth_smallest
-from prune_jax.trees import matches
+from prune_jax.trees import matches, names_in
 
 Scope = str | Mapping[str, float]
 
@@ -187,7 +187,8 @@ def _check_table(table: Mapping[str, float], paths: Iterable[str]) -> None:
         check_sparsity(value, f"scope[{pattern!r}]")
         if not any(matches(path, pattern) for path in paths):
             raise UserMistake(
-                f"scope[{pattern!r}] fits no prunable leaf{did_you_mean(pattern, paths)} (leaves: {', '.join(paths)})"
+                f"scope[{pattern!r}] fits no prunable leaf{did_you_mean(pattern, names_in(paths))} "
+                f"(leaves: {', '.join(paths)})"
             )
 
 

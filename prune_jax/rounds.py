@@ -145,7 +145,7 @@ def _after_breach(
     message = f"stopped at round {turns.turn}: {breach}"
     if guard.breach.action == "fail":
         raise GuardBreachError(
-            f"{turns.call.name}: the guard was breached at round {turns.turn}: {breach}. "
+            f"the guard was breached at round {turns.turn}: {breach}. "
             "Ask for less, fine-tune longer, or set `guard.breach.action` to stop or back_off."
         )
     if guard.breach.action == "back_off" and level is not None:

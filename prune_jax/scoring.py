@@ -15,7 +15,7 @@ from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.granularity import check_granularity, living_units, unit_scores, weight_masks
 from prune_jax.masks import check_collapse, check_finite, choose
 from prune_jax.statistics import Loss, Statistics, gather
-from prune_jax.trees import PyTree, leaves_by_path, map_by_path, matches, select
+from prune_jax.trees import PyTree, leaves_by_path, map_by_path, matches, names_in, select
 
 
 def prunable_paths(
@@ -54,7 +54,7 @@ def _patterns(name: str, patterns: Iterable[str], paths: Iterable[str]) -> tuple
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):
             raise UserMistake(
-                f"{name} pattern {pattern!r} fits no parameter{did_you_mean(pattern, paths)} "
+                f"{name} pattern {pattern!r} fits no parameter{did_you_mean(pattern, names_in(paths))} "
                 f"(parameters: {', '.join(paths)})"
             )
     return patterns

@@ -73,6 +73,15 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def names_in(paths: Iterable[str]) -> list[str]:
+    """What a pattern may name: the paths and their parts.
+
+    >>> names_in(["out/kernel", "out/bias"])
+    ['out/kernel', 'out', 'kernel', 'out/bias', 'bias']
+    """
+    return list(dict.fromkeys(name for path in paths for name in (path, *path.split("/"))))
+
+
 def matches(path: str, pattern: str) -> bool:
     """Whether `path` fits the shell pattern, as a whole or from any `/` on.
 

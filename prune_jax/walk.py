@@ -159,7 +159,7 @@ def _shared(result: StageResult, call: StageCall) -> StageResult:
 
 def _skipped(call: StageCall, bad: StageResult, status: Status = "skipped") -> StageResult:
     verb = "failed" if bad.status == "failed" else "was skipped"
-    message = f"{bad.name} {verb}: {bad.message}" if status == "failed" else f"{bad.name} {verb}"
+    message = f"{bad.name}: {bad.message}" if status == "failed" else f"{bad.name} {verb}"
     return StageResult(
         name=call.name, kind=call.kind, key=call.key, status=status, message=message, user_mistake=bad.user_mistake
     )

@@ -143,7 +143,7 @@ BAD = {
     ),
     "model's output": (
         {"model": {"kind": "tests.samples.nets:AnswersTuple"}},
-        "model 'tests.samples.nets:AnswersTuple' answers a tuple; it must answer one array, its outputs",
+        "model 'tests.samples.nets:AnswersTuple' answers a value of type tuple; it must answer one array, its outputs",
     ),
     "objective and data": (
         {"data.source": "tests.samples.tiny:numbers"},
@@ -169,13 +169,13 @@ BAD = {
     "min_keep": ({"stages.prune.min_keep": 40}, "min_keep = 40 keeps 42 units in 2 l"),
     "exclude": (
         {"stages.prune.exclude": ["hiden_0"]},
-        "stages.prune.exclude = ['hiden_0']: exclude pattern 'hiden_0' fits no parameter; did you mean 'hidden_0/bias'"
+        "stages.prune.exclude = ['hiden_0']: exclude pattern 'hiden_0' fits no parameter; did you mean 'hidden_0'"
         "? (parameters: hidden_0/bias, hidden_0/kernel, output/bias, output/kernel)",
     ),
     "exclude all": ({"stages.prune.exclude": ["*"]}, "stages.prune.exclude = ['*']: there is nothing to prune: of "),
     "scope": (
         {"stages.prune.scope": {"outptu": 0.5}, "stages.prune.target": None},
-        "stages.prune.scope = {'outptu': 0.5}: scope['outptu'] fits no prunable leaf",
+        "stages.prune.scope = {'outptu': 0.5}: scope['outptu'] fits no prunable leaf; did you mean 'output'?",
     ),
     # rewinding
     "rewind": (

@@ -202,7 +202,7 @@ def test_a_criterion_of_ones_own():
 
 MISTAKES = [
     (("taylr",), {}, "criterion 'taylr' is not known; did you mean 'taylor'? (known: "),
-    (("math:hypot",), {}, "'math:hypot' is a builtin_function_or_method, not a criterion; put @criterion(...)"),
+    (("math:hypot",), {}, "'math:hypot' is of type builtin_function_or_method, not a criterion; put @criterion(...)"),
     (("snip",), {}, "criterion 'snip' needs gradients: give loss=, (params, batch) -> scalar, and batches=."),
     (("random",), {}, "criterion 'random' draws random numbers: give key=, such as jax.random.key(0)."),
     (

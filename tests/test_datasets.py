@@ -370,10 +370,10 @@ MISTAKES = {
     "nothing to split": (("line", {"args": {"points": 1}}), "1 sample cannot be split; set `validation: 0`"),
     "module": (("tests.samples.source:arrays", {}), "could not be imported: no module 'tests.samples.source'"),
     "function": (("tests.samples.sources:array", {}), "has no 'array'; did you mean 'arrays'?"),
-    "no function": (("tests.samples.sources:NOT_A_FUNCTION", {}), "is a int, not a function that answers data"),
+    "no function": (("tests.samples.sources:NOT_A_FUNCTION", {}), "is of type int, not a function that answers data"),
     "a list": (
         ("tests.samples.sources:a_list", {}),
-        "answers a list; it must answer a dict of arrays, or of Grain datasets",
+        "answers a value of type list; it must answer a dict of arrays, or of Grain datasets",
     ),
     "too few classes": (("tests.samples.sources:arrays", {"args": {"classes": 3}}), "y_train[3] = 3, but classes is 3"),
     "classes": (

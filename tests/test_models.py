@@ -509,7 +509,7 @@ MISTAKES = {
         (VECTOR,),
         "takes no `rngs`, so that the recipe's seed cannot",
     ),
-    "no model": ("tests.samples.nets:NOT_A_MODEL", {}, (VECTOR,), "is a int, neither a Flax module nor a function"),
+    "no model": ("tests.samples.nets:NOT_A_MODEL", {}, (VECTOR,), "is of type int, neither a Flax module nor a"),
     "wrong shape": (
         "tests.samples.nets:WrongWidth",
         {},
@@ -520,7 +520,7 @@ MISTAKES = {
         "tests.samples.nets:AnswersTuple",
         {},
         (VECTOR,),
-        "answers a tuple; it must answer one array, its outputs",
+        "answers a value of type tuple; it must answer one array, its outputs",
     ),
 }
 

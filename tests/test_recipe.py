@@ -333,15 +333,25 @@ BEGINNINGS = [
     ("stages/prune/target", {"sparsity": "90%"}, "stages.prune.target.sparsity = '90%': "),
     ("stages/prune/target", {"percentile": 100}, "stages.prune.target.percentile = 100: "),
     ("stages/prune/target", {"threshold": float("inf")}, "stages.prune.target.threshold = inf: "),
-    ("stages/prune/scope", "erks", "stages.prune.scope = 'erks': is not known; did you mean 'erk'?"),
-    ("stages/prune/exclude", "output", "stages.prune.exclude = 'output': "),
+    (
+        "stages/prune/scope",
+        "erks",
+        "stages.prune.scope = 'erks': is not known; did you mean 'erk'? "
+        "(allowed: global, layer, erk, or a table {pattern: sparsity})",
+    ),
+    ("stages/prune/exclude", "output", "stages.prune.exclude = 'output': must be a list, such as [a, b]"),
+    (
+        "stages/prune/finetune",
+        {"epochs": 1, "rewind": "init"},
+        "stages.prune.finetune.rewind = 'init': is not known (allowed: none, initialisation, or {step: n})",
+    ),
     ("stages/prune/schedule", {"kind": "iterative", "rounds": 0}, "stages.prune.schedule.rounds = 0: "),
     ("stages/prune/guard", {"max_drop": -1}, "stages.prune.guard.max_drop = -1: "),
     ("stages/prune/search", {"amounts": [0.1]}, "stages.prune.search.amounts = [0.1]: "),
     ("stages/prune/search", {"amounts": [0.1, 0.2], "folds": 1}, "stages.prune.search.folds = 1: "),
     ("stages/prune/matrix", {"seed": []}, "stages.prune.matrix.seed = []: "),
     ("stages/prune/min_keep", -1, "stages.prune.min_keep = -1: "),
-    ("matrix", {"seed": 3}, "matrix.seed = 3: "),
+    ("matrix", {"seed": 3}, "matrix.seed = 3: must be a list, such as [a, b]"),
 ]
 
 
@@ -437,8 +447,8 @@ YAML_ERRORS = [
     ("\t- a", r":1:1: not YAML: found character '\t' that cannot start any token"),
     ("a: b: c", ":1:5: not YAML: mapping values are not allowed here"),
     ("a: !!python/object/apply:os.system ['ls']", ":1:4: not YAML: could not determine a constructor for the tag"),
-    ("- a\n", ": a recipe is a mapping of name, data, model and stages; this is a list"),
-    ("just text", ": a recipe is a mapping of name, data, model and stages; this is a str"),
+    ("- a\n", ": a recipe is a mapping of name, data, model and stages; this is of type list"),
+    ("just text", ": a recipe is a mapping of name, data, model and stages; this is of type str"),
     ("", ": a recipe is a mapping of name, data, model and stages"),
     (GOOD + "1: 2\n", f": 1: is not a field here {TOP}"),
     (GOOD + "? [a, b]\n: 3\n", ":6:"),

@@ -176,7 +176,7 @@ def test_fail_fails_the_stage():
     with pytest.raises(GuardBreachError) as caught:
         drive({"schedule": ITERATIVE, "guard": guard}, by_level(LEVELS))
     assert str(caught.value) == (
-        "prune: the guard was breached at round 3: accuracy went from 0.9 to 0.6, worse by 0.3; the guard allows 0.1. "
+        "the guard was breached at round 3: accuracy went from 0.9 to 0.6, worse by 0.3; the guard allows 0.1. "
         "Ask for less, fine-tune longer, or set `guard.breach.action` to stop or back_off."
     )
 

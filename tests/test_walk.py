@@ -138,7 +138,7 @@ def test_a_failure_is_told_down_the_line(store):
     plan = plan_of(train=TRAIN, prune=PRUNE, evaluate=EVALUATE)
     results = walk(plan, store, at_once({"prune.1.mask": UserMistake("keep = 99: too many")}))
     assert results["prune.1.mask"].message == "keep = 99: too many"
-    assert results["prune"].message == "prune.1.mask failed: keep = 99: too many"
+    assert results["prune"].message == "prune.1.mask: keep = 99: too many"
     assert results["evaluate"].message == "prune failed"
     assert results["prune"].user_mistake
     assert not results["train"].user_mistake
@@ -158,7 +158,7 @@ def test_a_failed_call_is_not_tried_again_under_another_name(store):
     results = walk(plan, store, workers)
     assert workers.names == ["train", "half.1.score"]
     assert results["most.1.score"].status == "failed"
-    assert results["most"].message == "most.1.score failed: no"
+    assert results["most"].message == "most.1.score: no"
 
 
 def test_a_guard_that_fails_is_a_failed_stage(store):

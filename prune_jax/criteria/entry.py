@@ -110,6 +110,6 @@ def find(name: str) -> Criterion:
     entry = load_object(name) if ":" in name else CRITERIA[name]
     if not isinstance(entry, Criterion):
         raise UserMistake(
-            f"{name!r} is a {type(entry).__name__}, not a criterion; put @criterion(...) on the function."
+            f"{name!r} is of type {type(entry).__name__}, not a criterion; put @criterion(...) on the function."
         )
     return entry

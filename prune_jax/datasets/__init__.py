@@ -123,7 +123,7 @@ def check_labels(dataset: Dataset, source: str) -> None:
 
 def _call(function: Callable[..., Any], settings: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if not callable(function):
-        raise UserMistake(f"{where}: is a {type(function).__name__}, not a function that answers data")
+        raise UserMistake(f"{where}: is of type {type(function).__name__}, not a function that answers data")
     try:
         check_arguments(function, settings)
         found = function(**settings)
@@ -135,7 +135,8 @@ def _call(function: Callable[..., Any], settings: Mapping[str, Any], where: str)
         raise UserMistake(f"{where}: {records.EXTRA}") from error
     if not isinstance(found, Mapping):
         raise UserMistake(
-            f"{where}: answers a {type(found).__name__}; it must answer a dict of arrays, or of Grain datasets"
+            f"{where}: answers a value of type {type(found).__name__}; it must answer a dict of arrays, "
+            "or of Grain datasets"
         )
     return found
 

@@ -142,7 +142,7 @@ def _check(found: Mapping[str, Any], kind: Any, where: str) -> None:
             continue
         if not isinstance(dataset, kind):
             raise UserMistake(
-                f"{where}: {name!r} is a {type(dataset).__name__}, but must be a grain.MapDataset: "
+                f"{where}: {name!r} is of type {type(dataset).__name__}, but must be a grain.MapDataset: "
                 "training goes on from any step, which takes random access"
             )
         if not 0 < len(dataset) < sys.maxsize:

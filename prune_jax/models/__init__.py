@@ -69,7 +69,9 @@ def build(kind: str, args: Mapping[str, Any], *, inputs: tuple[jax.ShapeDtypeStr
             f"model {kind!r} with {dict(args)} does not take inputs {shapes}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(answer, jax.ShapeDtypeStruct):
-        raise UserMistake(f"model {kind!r} answers a {type(answer).__name__}; it must answer one array, its outputs")
+        raise UserMistake(
+            f"model {kind!r} answers a value of type {type(answer).__name__}; it must answer one array, its outputs"
+        )
     return network
 
 
@@ -81,7 +83,7 @@ def _adapt(factory: Any, args: Mapping[str, Any], inputs: tuple[jax.ShapeDtypeSt
             raise UserMistake(f"is a Linen module already made: it takes no arguments, found {', '.join(args)}")
         return from_linen(factory, inputs)
     if not callable(factory):
-        raise UserMistake(f"is a {type(factory).__name__}, neither a Flax module nor a function that answers one")
+        raise UserMistake(f"is of type {type(factory).__name__}, neither a Flax module nor a function that answers one")
     taken = parameters(factory)
     open_ = {"inputs": tuple(inputs[0].shape[1:]), "outputs": outputs}
     given = {name: value for name, value in open_.items() if name in taken and name not in args}
@@ -93,8 +95,8 @@ def _adapt(factory: Any, args: Mapping[str, Any], inputs: tuple[jax.ShapeDtypeSt
     module = make()
     if not isinstance(module, linen.Module):
         raise UserMistake(
-            f"answers a {type(module).__name__} but takes no `rngs`, so that the recipe's seed cannot reach its "
-            "weights; an NNX model is made as Net(..., rngs=rngs)"
+            f"answers a value of type {type(module).__name__} but takes no `rngs`, so that the recipe's seed cannot "
+            "reach its weights; an NNX model is made as Net(..., rngs=rngs)"
         )
     return from_linen(module, inputs)
 

@@ -15,6 +15,8 @@ from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.recipe.recipe import Recipe
 
 RECIPES = resources.files("prune_jax.recipes")
+# What these fields take beside the words that they know.
+OTHER_FORMS = {"scope": "a table {pattern: sparsity}", "rewind": "{step: n}"}
 
 
 def built_in() -> dict[str, str]:
@@ -86,7 +88,7 @@ def _parse(source: str) -> tuple[str, dict[str, Any]]:
         raise UserMistake(f"{source}{at}: not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(raw, dict):
         raise UserMistake(
-            f"{source}: a recipe is a mapping of name, data, model and stages; this is a {type(raw).__name__}"
+            f"{source}: a recipe is a mapping of name, data, model and stages; this is of type {type(raw).__name__}"
         )
     return source, raw
 
@@ -146,7 +148,7 @@ def explain(error: ValidationError, raw: Any) -> list[str]:
             location.append("kind")
         path, value, found = _locate(location, raw, missing=mistake["type"] == "missing")
         shown = f" = {_short(value)}" if found and not isinstance(value, dict) else ""
-        lines.setdefault(path, f"{path}{shown}: {_sentence(mistake, context, value)}")
+        lines.setdefault(path, f"{path}{shown}: {_sentence(mistake, context, value, path)}")
     deeper = [path for path in lines if any(other.startswith(f"{path}.") for other in lines)]
     return [line for path, line in lines.items() if path not in deeper]  # of a union, the member that was meant
 
@@ -179,7 +181,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _sentence(mistake: Mapping[str, Any], context: Mapping[str, Any], value: Any) -> str:
+def _sentence(mistake: Mapping[str, Any], context: Mapping[str, Any], value: Any, path: str) -> str:
     kind = mistake["type"]
     if kind == "mistake":
         return str(context["message"])
@@ -190,9 +192,14 @@ def _sentence(mistake: Mapping[str, Any], context: Mapping[str, Any], value: Any
     if kind in {"union_tag_invalid", "literal_error"}:
         allowed = re.findall(r"'([^']*)'", str(context.get("expected_tags", context.get("expected", ""))))
         given = context.get("tag", value)
-        return f"is not known{did_you_mean(given, allowed)} (allowed: {', '.join(allowed)})"
+        near = did_you_mean(given, allowed)
+        if other := OTHER_FORMS.get(path.rpartition(".")[2]):
+            allowed.append(f"or {other}")
+        return f"is not known{near} (allowed: {', '.join(allowed)})"
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
         return "must be a mapping of fields to values"
+    if kind in {"tuple_type", "list_type"}:
+        return "must be a list, such as [a, b]"
     if kind == "too_short":
         return f"must have {context['min_length']} or more"
     if kind == "union_tag_not_found":
