@@ -21,6 +21,7 @@ from prune_jax.recipe import StageCall, StageResult
 from prune_jax.stages import run_stage
 
 RETRY_DELAYS = [5, 30, 120]  # seconds; the last for all further tries
+PAGE, PAGES = 200, 50  # concurrency limits that are asked for at a time, as many as a server answers, and how often
 
 
 def worth_retrying(task: Any, task_run: Any, state: State) -> bool:
@@ -53,9 +54,14 @@ def _tag_run(*tags: str) -> None:
 
 def limited_tags() -> set[str]:
     """The tags on whose task runs the server has a concurrency limit."""
+    tags: set[str] = set()
     with get_client(sync_client=True) as client:
-        limits = client.read_global_concurrency_limits(limit=200)
-    return {limit.name.removeprefix("tag:") for limit in limits if limit.name.startswith("tag:")}
+        for page in range(PAGES):
+            limits = client.read_global_concurrency_limits(limit=PAGE, offset=page * PAGE)
+            tags |= {limit.name.removeprefix("tag:") for limit in limits if limit.name.startswith("tag:")}
+            if len(limits) < PAGE:
+                break
+    return tags
 
 
 def delays(retries: int) -> list[int]:

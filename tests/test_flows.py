@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 from prefect import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.settings import PREFECT_API_URL
@@ -179,6 +180,20 @@ def test_a_fault_is_retried(tmp_path):
     assert faults.ATTEMPTS == ["fails_once"] * 2
     _, runs = told("fault · seed 0")
     assert {r.name: r.run_count for r in runs}["score · tests.samples.faults:fails_once · 0.5"] == 2
+
+
+def test_limits_are_read_to_the_last_page(monkeypatch):
+    monkeypatch.setattr(tasks, "PAGE", 2)
+    names = ["other", *(f"tag:many-{i}" for i in range(4))]
+    with get_client(sync_client=True) as client:
+        for name in names:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+        try:
+            assert tasks.limited_tags() >= {f"many-{i}" for i in range(4)}
+            assert "other" not in tasks.limited_tags()
+        finally:
+            for name in names:
+                client.delete_global_concurrency_limit_by_name(name)
 
 
 @pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (1, 2)])
