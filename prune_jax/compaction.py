@@ -1,0 +1,234 @@
+"""Compaction: a network without its dead units, as smaller arrays and a smaller function.
+
+The function is the user's own, walked again on smaller arrays; nothing of its code is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.groups import Analysis, Group, analyse, mirrors, rewrite
+from prune_jax.trees import PyTree, leaves_by_path, map_by_path
+
+Dead = Mapping[str, Iterable[int]]  # group -> units
+
+
+class TracedNetwork:
+    """A function whose parameters' dependencies are known. Made by `trace`.
+
+    Attributes:
+        groups: name -> Group, of what may be pruned.
+        frozen: (path, axis, reason) of what may not.
+        params: those that it was traced with.
+    """
+
+    def __init__(
+        self, apply: Callable[..., Any], params: PyTree, inputs: Sequence[Any], release: Sequence[str] = ()
+    ) -> None:
+        self._apply, self.params, self._release = apply, params, tuple(release)
+        self._shapes = jax.tree.map(_struct, params)
+        self._inputs = jax.tree.map(_struct, tuple(inputs))
+        self._analysis = analyse(apply, self._shapes, self._inputs, self._release)
+
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        """Name -> what may be pruned."""
+        return {name: group for name, (group, _) in self._analysis.groups.items()}
+
+    @cached_property
+    def frozen(self) -> tuple[tuple[str, int, str], ...]:
+        """What may not be pruned: path, axis and why."""
+        return self._analysis.frozen()
+
+    def masks(self, dead: Dead) -> PyTree:
+        """Bool arrays shaped like all parameters, False in every slice that a dead unit holds.
+
+        Args:
+            dead: group name -> units.
+
+        Returns:
+            True = alive; zeros in these places make the function that `compact` computes.
+        """
+        keeps = dict(zip(self._analysis.paths, self._keeps(dead), strict=True))
+
+        def mask(path: str, leaf: Any) -> jax.Array:
+            whole = np.ones(leaf.shape, bool)
+            for d, keep in enumerate(keeps[path]):
+                whole[(slice(None),) * d + (~keep,)] = False
+            return jnp.asarray(whole)
+
+        return map_by_path(mask, self._shapes)
+
+    def compact(self, dead: Dead, params: PyTree | None = None) -> CompactNetwork:
+        """The network without the dead units.
+
+        Args:
+            dead: group name -> units.
+            params: weights to slice; left out, those of the trace.
+
+        Returns:
+            Smaller arrays and a smaller function that computes what the masked network computes.
+
+        Raises:
+            UserMistake: a group or a unit is unknown, or an axis would be left without an index.
+        """
+        keeps = self._keeps(dead)
+        return CompactNetwork(self, keeps, self.params if params is None else params)
+
+    def _keeps(self, dead: Dead) -> list[list[np.ndarray]]:
+        units = []
+        for name, chosen in dead.items():
+            if name not in self._analysis.groups:
+                known = ", ".join(self._analysis.groups) or "none"
+                raise UserMistake(
+                    f"group {name!r} is unknown{did_you_mean(name, self._analysis.groups)} (groups: {known})"
+                )
+            group, numbers = self._analysis.groups[name]
+            picked = np.asarray(list(chosen), np.int64).reshape(-1)
+            bad = picked[(picked < 0) | (picked >= group.size)]
+            if bad.size:
+                raise UserMistake(f"group {name!r} has no unit {int(bad[0])}: it has {group.size}, numbered from 0.")
+            if np.unique(picked).size == group.size:
+                raise UserMistake(
+                    f"all {group.size} units of group {name!r} are dead: nothing would go through it. Keep one or more."
+                )
+            units.append(numbers[picked])
+        keeps = self._analysis.keeps(self._analysis.alive(np.concatenate(units) if units else ()))
+        for path, axes in zip(self._analysis.paths, keeps, strict=True):
+            for d, keep in enumerate(axes):
+                if keep.size and not keep.any():
+                    raise UserMistake(f"axis {d} of {path!r} would be left without an index: kill fewer of its units.")
+        return keeps
+
+    def __repr__(self) -> str:
+        return table(self)
+
+
+class CompactNetwork:
+    """A network without its dead units. Made by `TracedNetwork.compact`.
+
+    Attributes:
+        params: the smaller arrays, in the containers of the traced ones.
+        keep: path -> for each axis the indices that are left.
+    """
+
+    def __init__(self, net: TracedNetwork, keeps: Sequence[Sequence[np.ndarray]], params: PyTree) -> None:
+        self._net, self._keeps = net, keeps
+        self.keep = {
+            path: tuple(np.flatnonzero(keep) for keep in axes)
+            for path, axes in zip(net._analysis.paths, keeps, strict=True)
+        }
+        self.params = self.slice(params)
+        self._jitted = jax.jit(self._rewritten)
+
+    def apply(self, params: PyTree, *inputs: Any) -> Any:
+        """What the traced function computes on the masked network, from arrays like `self.params`.
+
+        Inputs may have other shapes than those of the trace, such as another batch size.
+        """
+        return self._jitted(params, inputs)
+
+    def slice(self, tree: PyTree) -> PyTree:
+        """Cuts the dead indices out of a tree that mirrors the parameters: gradients, moments, averages, masks.
+
+        A leaf mirrors the parameter whose path ends its own, if it has its shape; other leaves stay as they are.
+        """
+        shapes = leaves_by_path(self._net._shapes)
+        homes = dict(zip(leaves_by_path(tree), mirrors(tree, shapes), strict=True))
+        paths = list(shapes)
+
+        def cut(path: str, leaf: Any) -> Any:
+            home = homes[path]
+            return leaf if home is None else _cut(leaf, self.keep[paths[home]])
+
+        return map_by_path(cut, tree)
+
+    def _rewritten(self, params: PyTree, inputs: tuple[Any, ...]) -> Any:
+        analysis, alive = self._analysis_at(params, inputs)
+        return rewrite(analysis, alive, jax.tree.leaves(params), jax.tree.leaves(inputs))
+
+    def _analysis_at(self, params: PyTree, inputs: tuple[Any, ...]) -> tuple[Analysis, np.ndarray]:
+        """The analysis of the traced function at these shapes, and who lives in it."""
+        net = self._net
+        whole = jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(s.shape, w.dtype), params, net._shapes)
+        shapes = jax.tree.map(_struct, inputs)
+        analysis = net._analysis
+        if (whole, shapes) != (net._shapes, net._inputs):
+            analysis = analyse(net._apply, whole, shapes, net._release)
+        alive = analysis.alive(analysis.units_within(self._keeps))
+        for path, mine, theirs in zip(analysis.paths, self._keeps, analysis.keeps(alive), strict=True):
+            for d, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+                if not np.array_equal(a, b):
+                    raise UserMistake(
+                        f"axis {d} of {path!r} cannot be pruned like this for inputs shaped "
+                        f"{[s.shape for s in jax.tree.leaves(shapes)]}: the function ties it otherwise there than "
+                        "where it was traced. Trace it with inputs like these."
+                    )
+        return analysis, alive
+
+
+def trace(apply: Callable[..., Any], params: PyTree, *inputs: Any, release: Iterable[str] = ()) -> TracedNetwork:
+    """Finds out which indices of which parameters of any JAX function live and die together.
+
+    Nothing is run, and no array is needed: shapes will do. Inputs and outputs keep their widths.
+
+    Args:
+        apply: `apply(params, *inputs) -> outputs`.
+        params: any pytree of arrays or of `jax.ShapeDtypeStruct`.
+        *inputs: pytrees of the same.
+        release: patterns of outputs that may get narrower. An output named like a parameter, such as new batch
+            statistics, always may, along with it.
+
+    Returns:
+        The groups that can be pruned, and what can be done with them.
+
+    >>> apply = lambda p, x: jax.nn.relu(x @ p["hidden"]["kernel"]) @ p["out"]["kernel"]
+    >>> params = {"hidden": {"kernel": jnp.ones((3, 4))}, "out": {"kernel": jnp.ones((4, 2))}}
+    >>> net = trace(apply, params, jnp.ones((1, 3)))
+    >>> [(group.name, group.kind, group.size) for group in net.groups.values()]
+    [('hidden.out', 'neuron', 4)]
+    >>> small = net.compact({"hidden.out": [0, 2]})
+    >>> jax.tree.map(jnp.shape, small.params)
+    {'hidden': {'kernel': (3, 2)}, 'out': {'kernel': (2, 2)}}
+    >>> small.apply(small.params, jnp.ones((1, 3)))
+    Array([[6., 6.]], dtype=float32)
+    """
+    return TracedNetwork(apply, params, inputs, tuple([release] if isinstance(release, str) else release))
+
+
+def table(net: TracedNetwork) -> str:
+    """The groups and what is frozen, as text."""
+    rows = [("group", "kind", "units", "members")]
+    for group in net.groups.values():
+        held = ", ".join(
+            f"{path}[{axis}]" + (f" x{places.shape[1]}" if places.shape[1] > 1 else "")
+            for path, axis, places in group.members
+        )
+        rows.append((group.name, group.kind, str(group.size), held))
+    frozen = [("frozen", "axis", "why"), *((path, str(axis), why) for path, axis, why in net.frozen)]
+    return "\n".join([*_columns(rows), "", *_columns(frozen)])
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
+
+
+def _cut(leaf: Any, keep: Sequence[np.ndarray]) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(tuple(len(k) for k in keep), leaf.dtype)
+    for d, places in enumerate(keep):
+        if len(places) < leaf.shape[d]:
+            leaf = jnp.take(leaf, places, axis=d)
+    return leaf

@@ -1,0 +1,133 @@
+"""Rules of primitives that work element by element: axes of the same place are one axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import JaxprEqn
+
+from prune_jax.groups.values import COMPUTABLE, UNKNOWN, Axis, Dead, Unsettled, Value, same
+from prune_jax.groups.walk import Walk, bind, dtype_of, opaque, rule, shape_of
+
+ELEMENTWISE = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq eq_to erf erf_inv erfc exp exp2
+expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne
+neg nextafter not or polygamma population_count pow random_gamma_grad real reduce_precision regularized_incomplete_beta
+rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt
+square stop_gradient sub tan tanh threefry2x32 xor zeta
+""".split()
+
+# What they make of numbers known beforehand; all others' results are computed when they are needed.
+_NUMBERS: dict[str, Callable[..., float]] = {
+    "abs": abs,
+    "add": lambda a, b: a + b,
+    "add_any": lambda a, b: a + b,
+    "convert_element_type": lambda a: a,
+    "copy": lambda a: a,
+    "copy_p": lambda a: a,
+    "device_put": lambda a: a,
+    "div": lambda a, b: math.nan if b == 0 else a / b,
+    "erf": math.erf,
+    "exp": lambda a: math.inf if a > 700 else math.exp(a),
+    "log": lambda a: math.log(a) if a > 0 else (-math.inf if a == 0 else math.nan),
+    "logistic": lambda a: 1 / (1 + math.exp(-max(a, -700.0))),
+    "max": lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else max(a, b),
+    "min": lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else min(a, b),
+    "mul": lambda a, b: a * b,
+    "neg": lambda a: -a,
+    "reduce_precision": lambda a: a,
+    "rsqrt": lambda a: 1 / math.sqrt(a) if a > 0 else (math.inf if a == 0 else math.nan),
+    "sharding_constraint": lambda a: a,
+    "sin": lambda a: math.sin(a) if math.isfinite(a) else math.nan,
+    "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan,
+    "square": lambda a: a * a,
+    "stop_gradient": lambda a: a,
+    "sub": lambda a, b: a - b,
+    "tan": lambda a: math.tan(a) if math.isfinite(a) else math.nan,
+    "tanh": math.tanh,
+}
+_KEEP_ZERO = frozenset("asin asinh atan atanh cbrt ceil erf_inv expm1 floor log1p round sign sinh".split())
+
+
+@rule(*ELEMENTWISE)
+def elementwise(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Ties the axes; at dead indices stands what the primitive makes of what stood there."""
+    whole = [operand for operand in operands if operand.axes]
+    numbers: list[Dead] = [COMPUTABLE if operand.const is None else operand.const for operand in operands]
+    const = dead_value(eqn, numbers) if all(operand.const is not None for operand in operands) else None
+    axes = []
+    for i in range(len(whole[0].axes) if whole else 0):
+        size = max(operand.axes[i].size for operand in whole)
+        rows = walk.tie(eqn, *(operand.axes[i] for operand in whole if operand.axes[i].size == size))
+        deads = [
+            operand.axes[i].dead if operand.axes and operand.axes[i].size == size else number
+            for operand, number in zip(operands, numbers, strict=True)
+        ]
+        axes.append(Axis(rows, dead_value(eqn, deads)))
+
+    def part(i: int) -> Any:
+        parts = [
+            walk.dead(o, i, dtype_of(v)) if o.axes and o.axes[i].size == axes[i].size else o.array
+            for o, v in zip(operands, eqn.invars, strict=True)
+        ]
+        return bind(eqn, _match(parts, i))
+
+    return walk.outputs(
+        eqn,
+        [axes] * len(eqn.outvars),
+        operands,
+        rewrite=lambda: bind(eqn, [operand.array for operand in operands]),
+        part=None if eqn.primitive.multiple_results else part,
+        const=const if not isinstance(const, Unsettled) else None,
+    )
+
+
+def _match(arrays: Sequence[Any], axis: int) -> list[Any]:
+    """Repeats axes of size one, as primitives do not."""
+    size = max((a.shape[axis] for a in arrays if np.ndim(a)), default=1)
+
+    def repeat(a: Any) -> Any:
+        return jnp.broadcast_to(a, (*a.shape[:axis], size, *a.shape[axis + 1 :])) if np.ndim(a) else a
+
+    return [repeat(a) for a in arrays]
+
+
+def dead_value(eqn: JaxprEqn, deads: Sequence[Dead]) -> Dead:
+    """What a primitive makes of what stands at dead indices."""
+    name = eqn.primitive.name
+    numbers = [dead for dead in deads if not isinstance(dead, Unsettled)]
+    if name in ("mul", "and") and 0.0 in numbers and all(math.isfinite(n) for n in numbers):
+        return 0.0
+    if name == "div" and same(deads[0], 0.0) and len(numbers) == 1:
+        return 0.0
+    if name == "select_n" and numbers and all(same(deads[1], case) for case in deads[2:]):
+        return deads[1]
+    if len(numbers) == len(deads):
+        if not jnp.issubdtype(dtype_of(eqn.outvars[0]), np.floating) or not _all_floating(eqn):
+            return COMPUTABLE
+        if name in _KEEP_ZERO and numbers[0] == 0:
+            return 0.0
+        if name == "integer_pow" and (numbers[0] != 0 or eqn.params["y"] > 0):
+            return numbers[0] ** eqn.params["y"]
+        if name == "clamp":
+            return min(max(numbers[1], numbers[0]), numbers[2])
+        if name in _NUMBERS:
+            return float(_NUMBERS[name](*numbers))
+    return UNKNOWN if UNKNOWN in deads or eqn.primitive.multiple_results else COMPUTABLE
+
+
+def _all_floating(eqn: JaxprEqn) -> bool:
+    return all(jnp.issubdtype(dtype_of(atom), np.floating) for atom in eqn.invars)
+
+
+@rule("bitcast_convert_type")
+def bitcast(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Other numbers of the same bits; where their widths differ, an axis of bits comes or goes."""
+    if shape_of(eqn.invars[0]) != shape_of(eqn.outvars[0]):
+        return opaque(walk, eqn, operands)
+    return elementwise(walk, eqn, operands)
