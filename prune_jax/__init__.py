@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prune_jax.compaction import trace
     from prune_jax.costs import Cost, cost
     from prune_jax.launch import run
     from prune_jax.masks import apply_masks
@@ -23,9 +24,10 @@ _HOME = {
     "masked": "prune_jax.sparse_training",
     "run": "prune_jax.launch",
     "score": "prune_jax.scoring",
+    "trace": "prune_jax.compaction",
 }
 
-__all__ = ["Cost", "apply_masks", "cost", "mask", "masked", "run", "score"]
+__all__ = ["Cost", "apply_masks", "cost", "mask", "masked", "run", "score", "trace"]
 
 
 def __getattr__(name: str) -> Any:

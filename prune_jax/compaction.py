@@ -5,6 +5,7 @@ The function is the user's own, walked again on smaller arrays; nothing of its c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prune_jax.costs import cost
 from prune_jax.errors import UserMistake, did_you_mean
-from prune_jax.groups import Analysis, Group, analyse, mirrors, rewrite
+from prune_jax.groups import Analysis, Group, analyse, lowest, mirrors, ranked, rewrite, unit_scores
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 Dead = Mapping[str, Iterable[int]]  # group -> units
@@ -46,6 +48,60 @@ class TracedNetwork:
     def frozen(self) -> tuple[tuple[str, int, str], ...]:
         """What may not be pruned: path, axis and why."""
         return self._analysis.frozen()
+
+    def choose(
+        self,
+        scores: PyTree,
+        *,
+        sparsity: float | None = None,
+        params: float | None = None,
+        macs: float | None = None,
+        scope: str = "global",
+        kinds: Iterable[str] = (),
+        combine: str = "sum",
+        min_keep: int = 1,
+        round_to: int = 1,
+    ) -> dict[str, list[int]]:
+        """Chooses the units that die: those with the lowest scores.
+
+        Args:
+            scores: arrays shaped like the parameters (None or absent: not counted), or {group: scores `[units]`}.
+            sparsity: fraction of the units that dies, in [0, 1).
+            params: instead, so many parameters are left at most; a fraction of them below or at 1.
+            macs: instead, so many multiplications are left at most, at the traced shapes; or a fraction.
+            scope: who competes: `global` (scores divided by their group's mean), `isomorphic`, `group`.
+            kinds: only groups of these kinds; left out, all.
+            combine: what is made of the scores of a unit's weights: `sum`, `mean`, `l1`, `l2`, `max`.
+            min_keep: so many units of each group live.
+            round_to: each group keeps a multiple of this, or all.
+
+        Returns:
+            Group name -> units, for `masks` and `compact`.
+
+        Raises:
+            UserMistake: the target is missing, doubled or out of reach, or a name is unknown.
+            NonFiniteScoreError: a score is NaN or infinite.
+        """
+        groups = _of_kinds(self.groups, kinds)
+        pools = ranked(groups, _unit_scores(self, scores, groups, combine), scope)
+        _check_choice(sparsity=sparsity, params=params, macs=macs)
+
+        def at(fraction: float) -> dict[str, list[int]]:
+            return lowest(groups, pools, lambda size: round(fraction * size), min_keep=min_keep, round_to=round_to)
+
+        if sparsity is not None:
+            return at(sparsity)
+        name, budget, measure = (
+            ("params", params, self._params_left) if macs is None else ("macs", macs, self._macs_left)
+        )
+        return _within(name, float(budget or 0), measure, at, sum(map(len, pools)))
+
+    def _params_left(self, dead: Dead) -> int:
+        return sum(math.prod(int(k.sum()) for k in axes) for axes in self._keeps(dead))
+
+    def _macs_left(self, dead: Dead) -> int:
+        small = self.compact(dead, self._shapes)
+        return cost(small.apply, small.params, *self._inputs).macs
 
     def masks(self, dead: Dead) -> PyTree:
         """Bool arrays shaped like all parameters, False in every slice that a dead unit holds.
@@ -201,6 +257,64 @@ def trace(apply: Callable[..., Any], params: PyTree, *inputs: Any, release: Iter
     Array([[6., 6.]], dtype=float32)
     """
     return TracedNetwork(apply, params, inputs, tuple([release] if isinstance(release, str) else release))
+
+
+def _of_kinds(groups: Mapping[str, Group], kinds: Iterable[str]) -> dict[str, Group]:
+    wanted = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    there = sorted({group.kind for group in groups.values()})
+    for kind in wanted:
+        if kind not in there:
+            raise UserMistake(
+                f"there is no group of kind {kind!r}{did_you_mean(kind, there)} (kinds: {', '.join(there) or 'none'})"
+            )
+    return {name: group for name, group in groups.items() if not wanted or group.kind in wanted}
+
+
+def _unit_scores(
+    net: TracedNetwork, scores: PyTree, groups: Mapping[str, Group], combine: str
+) -> dict[str, np.ndarray]:
+    if isinstance(scores, Mapping) and scores and all(name in net.groups for name in scores):
+        found = {name: np.asarray(values, np.float64) for name, values in scores.items() if name in groups}
+        for name, values in found.items():
+            if values.shape != (groups[name].size,):
+                raise UserMistake(
+                    f"group {name!r} has {groups[name].size} units but its scores are {list(values.shape)}"
+                )
+        return found
+    leaves, shapes = leaves_by_path(scores), leaves_by_path(net._shapes)
+    for path, leaf in leaves.items():
+        if path not in shapes or np.shape(leaf) != shapes[path].shape:
+            expected = f"{list(shapes[path].shape)}" if path in shapes else "no parameter"
+            raise UserMistake(f"scores {path!r} are {list(np.shape(leaf))} but should be {expected}")
+    return unit_scores(groups, leaves, combine)
+
+
+def _check_choice(**targets: float | None) -> None:
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise UserMistake(f"give one target (of {', '.join(targets)}); {', '.join(given) or 'none'} is given")
+    ((name, value),) = given.items()
+    if name == "sparsity" and not 0 <= value < 1:
+        raise UserMistake(f"sparsity = {value} must be at least 0 and below 1: it is the fraction of units that dies")
+    if name != "sparsity" and not value > 0:
+        raise UserMistake(f"{name} = {value} must be above 0: a number, or a fraction of what there is")
+
+
+def _within(
+    name: str, budget: float, measure: Callable[[Dead], int], at: Callable[[float], dict[str, list[int]]], units: int
+) -> dict[str, list[int]]:
+    """The fewest dead units whose network is within the budget, by bisection."""
+    most = budget * measure({}) if budget <= 1 else budget
+    low, high = 0, units
+    if measure(at(1.0)) > most:
+        raise UserMistake(
+            f"{name} = {budget:g} is out of reach: with min_keep units left in every group it is {measure(at(1.0)):,}, "
+            f"of {measure({}):,}. Prune less, or weights as well."
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if measure(at(middle / max(units, 1))) <= most else (middle + 1, high)
+    return at(low / max(units, 1))
 
 
 def table(net: TracedNetwork) -> str:
