@@ -20,6 +20,7 @@ from prune_jax.groups import Analysis, Group, analyse, lowest, mirrors, ranked, 
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 Dead = Mapping[str, Iterable[int]]  # group -> units
+Keep = Mapping[str, Sequence[np.ndarray]]  # path -> by axis, the indices that are left
 
 
 class TracedNetwork:
@@ -61,6 +62,7 @@ class TracedNetwork:
         combine: str = "sum",
         min_keep: int = 1,
         round_to: int = 1,
+        dead: Dead | None = None,
     ) -> dict[str, list[int]]:
         """Chooses the units that die: those with the lowest scores.
 
@@ -74,6 +76,7 @@ class TracedNetwork:
             combine: what is made of the scores of a unit's weights: `sum`, `mean`, `l1`, `l2`, `max`.
             min_keep: so many units of each group live.
             round_to: each group keeps a multiple of this, or all.
+            dead: units that are dead already: they die first, and count.
 
         Returns:
             Group name -> units, for `masks` and `compact`.
@@ -83,7 +86,7 @@ class TracedNetwork:
             NonFiniteScoreError: a score is NaN or infinite.
         """
         groups = _of_kinds(self.groups, kinds)
-        pools = ranked(groups, _unit_scores(self, scores, groups, combine), scope)
+        pools = ranked(groups, _unit_scores(self, scores, groups, combine), scope, dead or {})
         _check_choice(sparsity=sparsity, params=params, macs=macs)
 
         def at(fraction: float) -> dict[str, list[int]]:
@@ -135,8 +138,28 @@ class TracedNetwork:
         Raises:
             UserMistake: a group or a unit is unknown, or an axis would be left without an index.
         """
-        keeps = self._keeps(dead)
-        return CompactNetwork(self, keeps, self.params if params is None else params)
+        left = zip(self._analysis.paths, self._keeps(dead), strict=True)
+        keep = {path: tuple(np.flatnonzero(mask) for mask in masks) for path, masks in left}
+        return CompactNetwork(self, keep, self.params if params is None else params)
+
+    def dead_in(self, masks: PyTree) -> dict[str, list[int]]:
+        """The units that hold nothing but masked weights: those that `compact` can take away.
+
+        Args:
+            masks: bool arrays under the parameters' paths, False = dead; parameters that it lacks live.
+        """
+        named = leaves_by_path(masks)
+        keeps = [[np.ones(axis.size, bool) for axis in axes] for axes in self._analysis.starts]
+        for path, axes in zip(self._analysis.paths, keeps, strict=True):
+            mask = np.asarray(named[path]) if path in named else None
+            for d in range(len(axes) if mask is not None else 0):
+                axes[d] = np.any(mask, axis=tuple(i for i in range(len(axes)) if i != d))
+        gone = set(self._analysis.units_within(keeps).tolist())
+        found = {
+            name: [unit for unit, number in enumerate(numbers.tolist()) if number in gone]
+            for name, (_, numbers) in self._analysis.groups.items()
+        }
+        return {name: units for name, units in found.items() if units}
 
     def _keeps(self, dead: Dead) -> list[list[np.ndarray]]:
         units = []
@@ -175,59 +198,96 @@ class CompactNetwork:
         keep: path -> for each axis the indices that are left.
     """
 
-    def __init__(self, net: TracedNetwork, keeps: Sequence[Sequence[np.ndarray]], params: PyTree) -> None:
-        self._net, self._keeps = net, keeps
-        self.keep = {
-            path: tuple(np.flatnonzero(keep) for keep in axes)
-            for path, axes in zip(net._analysis.paths, keeps, strict=True)
-        }
+    def __init__(self, net: TracedNetwork, keep: Keep, params: PyTree) -> None:
+        self.keep, self._shapes, self._release = keep, net._shapes, net._release
+        self._jitted = jax.jit(shrink(net._apply, net._shapes, keep, release=net._release, traced=net))
         self.params = self.slice(params)
-        self._jitted = jax.jit(self._rewritten)
 
     def apply(self, params: PyTree, *inputs: Any) -> Any:
         """What the traced function computes on the masked network, from arrays like `self.params`.
 
         Inputs may have other shapes than those of the trace, such as another batch size.
         """
-        return self._jitted(params, inputs)
+        return self._jitted(params, *inputs)
+
+    def of(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        """Another function of the same parameters, such as the training mode, made smaller by the same cut."""
+        return shrink(apply, self._shapes, self.keep, release=self._release)
 
     def slice(self, tree: PyTree) -> PyTree:
         """Cuts the dead indices out of a tree that mirrors the parameters: gradients, moments, averages, masks.
 
         A leaf mirrors the parameter whose path ends its own, if it has its shape; other leaves stay as they are.
         """
-        shapes = leaves_by_path(self._net._shapes)
-        homes = dict(zip(leaves_by_path(tree), mirrors(tree, shapes), strict=True))
-        paths = list(shapes)
+        return cut(tree, self._shapes, self.keep)
 
-        def cut(path: str, leaf: Any) -> Any:
-            home = homes[path]
-            return leaf if home is None else _cut(leaf, self.keep[paths[home]])
 
-        return map_by_path(cut, tree)
+def cut(tree: PyTree, shapes: PyTree, keep: Keep) -> PyTree:
+    """Cuts the indices that are not in `keep` out of a tree that mirrors parameters of these shapes.
 
-    def _rewritten(self, params: PyTree, inputs: tuple[Any, ...]) -> Any:
-        analysis, alive = self._analysis_at(params, inputs)
+    A leaf mirrors the parameter whose path ends its own, if it has its shape; other leaves stay as they are.
+    """
+    named = leaves_by_path(shapes)
+    paths, homes = list(named), dict(zip(leaves_by_path(tree), mirrors(tree, named), strict=True))
+
+    def of(path: str, leaf: Any) -> Any:
+        home = homes[path]
+        return leaf if home is None or paths[home] not in keep else _cut(leaf, keep[paths[home]])
+
+    return map_by_path(of, tree)
+
+
+def shrink(
+    apply: Callable[..., Any],
+    shapes: PyTree,
+    keep: Keep,
+    *,
+    release: Sequence[str] = (),
+    traced: TracedNetwork | None = None,
+) -> Callable[..., Any]:
+    """A function on parameters that were cut to `keep`, computing what `apply` does on whole, masked ones.
+
+    Args:
+        apply: `apply(params, *inputs) -> outputs`.
+        shapes: pytree of the whole parameters' shapes and types.
+        keep: path -> for each axis the indices that are left; parameters that it lacks are whole.
+        release: patterns of outputs that may get narrower, as in `trace`.
+        traced: the function's trace, if it is at hand: it is used where the shapes are the same.
+
+    Returns:
+        `small(params, *inputs) -> outputs`; it can be jitted, differentiated, mapped, sharded and exported.
+    """
+
+    def small(params: PyTree, *inputs: Any) -> Any:
+        whole = jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(s.shape, w.dtype), params, shapes)
+        at = jax.tree.map(_struct, inputs)
+        if traced is not None and (whole, at) == (traced._shapes, traced._inputs):
+            analysis = traced._analysis
+        else:
+            analysis = analyse(apply, whole, at, release)
+        alive = _alive(analysis, keep, at)
         return rewrite(analysis, alive, jax.tree.leaves(params), jax.tree.leaves(inputs))
 
-    def _analysis_at(self, params: PyTree, inputs: tuple[Any, ...]) -> tuple[Analysis, np.ndarray]:
-        """The analysis of the traced function at these shapes, and who lives in it."""
-        net = self._net
-        whole = jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(s.shape, w.dtype), params, net._shapes)
-        shapes = jax.tree.map(_struct, inputs)
-        analysis = net._analysis
-        if (whole, shapes) != (net._shapes, net._inputs):
-            analysis = analyse(net._apply, whole, shapes, net._release)
-        alive = analysis.alive(analysis.units_within(self._keeps))
-        for path, mine, theirs in zip(analysis.paths, self._keeps, analysis.keeps(alive), strict=True):
-            for d, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-                if not np.array_equal(a, b):
-                    raise UserMistake(
-                        f"axis {d} of {path!r} cannot be pruned like this for inputs shaped "
-                        f"{[s.shape for s in jax.tree.leaves(shapes)]}: the function ties it otherwise there than "
-                        "where it was traced. Trace it with inputs like these."
-                    )
-        return analysis, alive
+    return small
+
+
+def _alive(analysis: Analysis, keep: Keep, inputs: Any) -> np.ndarray:
+    """By label, who lives where these indices of the parameters are left."""
+    keeps = [[np.ones(axis.size, bool) for axis in axes] for axes in analysis.starts]
+    for path, masks in zip(analysis.paths, keeps, strict=True):
+        for mask, left in zip(masks, keep.get(path, ()), strict=False):
+            mask[:] = False
+            mask[np.asarray(left)] = True
+    alive = analysis.alive(analysis.units_within(keeps))
+    for path, mine, theirs, read in zip(analysis.paths, keeps, analysis.keeps(alive), analysis.read, strict=True):
+        for d, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            if read and not np.array_equal(a, b):
+                raise UserMistake(
+                    f"axis {d} of {path!r} cannot be pruned like this for inputs shaped "
+                    f"{[s.shape for s in jax.tree.leaves(inputs)]}: the function ties it otherwise there than "
+                    "where it was traced. Trace it with inputs like these."
+                )
+    return alive
 
 
 def trace(apply: Callable[..., Any], params: PyTree, *inputs: Any, release: Iterable[str] = ()) -> TracedNetwork:

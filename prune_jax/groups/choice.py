@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,9 @@ def _combined(scored: Sequence[tuple[np.ndarray, int, np.ndarray]], combine: str
     return np.sqrt(total) if combine == "l2" else np.asarray(total)
 
 
-def ranked(groups: Mapping[str, Group], scores: Mapping[str, np.ndarray], scope: str) -> list[list[tuple[str, int]]]:
+def ranked(
+    groups: Mapping[str, Group], scores: Mapping[str, np.ndarray], scope: str, dead: Mapping[str, Iterable[int]]
+) -> list[list[tuple[str, int]]]:
     """Pools of units that compete, each from the lowest score to the highest; among equals the first dies first.
 
     Args:
@@ -58,6 +61,7 @@ def ranked(groups: Mapping[str, Group], scores: Mapping[str, np.ndarray], scope:
         scope: `global`: all units compete, each group's scores divided by their mean, since groups of few weights
             would die out otherwise. `isomorphic`: groups of one kind that hold arrays of the same rank compete with
             one another (Fang et al. 2024, arXiv:2407.04616). `group`: each for itself.
+        dead: group -> units that stand first in any case.
     """
     if scope not in SCOPES:
         raise UserMistake(
@@ -74,7 +78,11 @@ def ranked(groups: Mapping[str, Group], scores: Mapping[str, np.ndarray], scope:
         mean = float(np.abs(values).mean())
         scale = 1.0 if scope == "group" or not mean else mean
         pool = pools.setdefault({"global": None, "group": name}.get(scope, _shape(groups[name])), [])
-        pool += [(float(value) / scale, number, name, unit) for unit, value in enumerate(values)]
+        gone = frozenset(dead.get(name, ()))
+        pool += [
+            (-math.inf if unit in gone else float(value) / scale, number, name, unit)
+            for unit, value in enumerate(values)
+        ]
     return [[(name, unit) for _, _, name, unit in sorted(pool)] for pool in pools.values()]
 
 

@@ -34,7 +34,7 @@ def _function(walk: Walk, before: Labels, closed: ClosedJaxpr, inputs: Sequence[
     """`closed` on small arrays, walked again from where the labels were `before`."""
 
     def call(*arrays: Any) -> list[Any]:
-        values = [Value(v.axes, v.const, v.known, jnp.asarray(a)) for v, a in zip(inputs, arrays, strict=True)]
+        values = [replace(v, array=jnp.asarray(a)) for v, a in zip(inputs, arrays, strict=True)]
         return _arrays(replace(walk, labels=before.fork()).run(closed, values))
 
     return call
@@ -122,7 +122,7 @@ def _deads(value: Value) -> list[str]:
 def _row(walk: Walk, eqn: JaxprEqn, value: Value) -> Value:
     """What a loop hands to its body of an array that it goes over."""
     walk.fix(eqn, value.axes[0], "a loop goes over it")
-    return Value(value.settled().axes[1:], value.const)
+    return Value(value.settled().axes[1:], value.const, weights=value.weights)
 
 
 @rule("scan")

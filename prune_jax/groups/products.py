@@ -20,7 +20,7 @@ def dot_general(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
     for l, r in zip(left_sum, right_sum, strict=True):
         walk.tie(eqn, left.axes[l], right.axes[r])
         _adds_nothing(walk, eqn, left.axes[l], right.axes[r])
-        walk.labels.summed += [left.axes[l].rows, right.axes[r].rows]
+        walk.labels.summed += [v.axes[d].rows for v, d in ((left, l), (right, r)) if v.weights]
     axes = []
     for l, r in zip(left_batch, right_batch, strict=True):
         rows = walk.tie(eqn, left.axes[l], right.axes[r])
@@ -67,7 +67,7 @@ def convolution(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
             walk.fix(eqn, value.axes[d], text)
     features, inward = x.axes[numbers.lhs_spec[1]], kernel.axes[numbers.rhs_spec[1]]
     outward = kernel.axes[numbers.rhs_spec[0]]
-    walk.labels.summed += [features.rows, inward.rows]
+    walk.labels.summed.append(inward.rows)
     walk.labels.channels += [features.rows, outward.rows]
     out_rows, count = outward.rows, groups
     if groups == 1:

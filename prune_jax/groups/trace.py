@@ -58,6 +58,7 @@ class Analysis:
             labels: what was tied, and by whom.
         starts: by parameter the axes' labels as they were given out, None where it has none.
         units: what may die.
+        read: by parameter, whether anything reads it.
     """
 
     closed: ClosedJaxpr
@@ -66,6 +67,7 @@ class Analysis:
     labels: Labels
     starts: tuple[tuple[Axis, ...], ...]
     units: Units
+    read: tuple[bool, ...]
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -170,7 +172,9 @@ def analyse(apply: Callable[..., Any], params: PyTree, inputs: Sequence[Any], re
                 labels.tie(axis.rows, starts[mirror][d].rows, _OUTPUT)
             elif not any(matches(path, pattern) for pattern in release):
                 labels.fix(axis.rows, _OUTPUT)
-    return Analysis(closed, jax.tree.structure(out), tuple(named), labels, starts, solve(labels))
+    read = _read(jaxpr)
+    used = tuple(var in read for var in jaxpr.invars[: len(named)])
+    return Analysis(closed, jax.tree.structure(out), tuple(named), labels, starts, solve(labels), used)
 
 
 def rewrite(analysis: Analysis, alive: np.ndarray, params: Sequence[Any], inputs: Sequence[Any]) -> PyTree:
@@ -187,11 +191,17 @@ def _inputs(
     labels: Labels, jaxpr: Jaxpr, count: int, arrays: Sequence[Any]
 ) -> tuple[tuple[tuple[Axis, ...], ...], list[Value]]:
     """The axes of the first `count` inputs, the parameters, and the values of all."""
-    read = {var for eqn in jaxpr.eqns for var in eqn.invars if isinstance(var, Var)}
-    read |= {var for var in jaxpr.outvars if isinstance(var, Var)}
+    read = _read(jaxpr)
     starts = tuple(_start(labels, var, var in read) for var in jaxpr.invars[:count])
     others = [tuple(Axis(labels.never(_INPUT, size)) for size in _shape(var)) for var in jaxpr.invars[count:]]
-    return starts, [Value(axes, array=array) for axes, array in zip([*starts, *others], arrays, strict=True)]
+    weights = [True] * count + [False] * len(others)
+    axes = [*starts, *others]
+    return starts, [Value(a, array=x, weights=w) for a, x, w in zip(axes, arrays, weights, strict=True)]
+
+
+def _read(jaxpr: Jaxpr) -> set[Any]:
+    inside = {var for eqn in jaxpr.eqns for var in eqn.invars if isinstance(var, Var)}
+    return inside | {var for var in jaxpr.outvars if isinstance(var, Var)}
 
 
 def _shape(var: Any) -> tuple[int, ...]:

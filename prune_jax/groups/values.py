@@ -53,6 +53,7 @@ class Value:
         known: the whole array, where it depends on constants alone.
         array: the array without its dead indices; None while analysing.
         part: axis -> what stands at its dead indices, `[..., 1 or dead, ...]`; for axes that are COMPUTABLE.
+        weights: whether it depends on parameters and constants alone.
     """
 
     axes: tuple[Axis, ...]
@@ -60,6 +61,7 @@ class Value:
     known: Callable[[], Any] | None = None
     array: Any = None
     part: Callable[[int], Any] | None = None
+    weights: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +70,7 @@ class Value:
 
     def settled(self) -> Value:
         """The value as it crosses into a loop: what it is made of is forgotten."""
-        return Value(tuple(axis.settled() for axis in self.axes), self.const, None, self.array)
+        return Value(tuple(axis.settled() for axis in self.axes), self.const, None, self.array, None, self.weights)
 
 
 def join(deads: Sequence[Dead]) -> Dead:

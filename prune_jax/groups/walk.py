@@ -63,14 +63,14 @@ class Walk:
         """A value that stands in the function itself. Its elements at dead indices are what they are."""
         if not np.ndim(whole):
             real = jnp.issubdtype(jax.dtypes.result_type(whole), np.floating) or isinstance(whole, int | np.integer)
-            return Value((), float(whole) if real else None, lambda: whole, whole)
+            return Value((), float(whole) if real else None, lambda: whole, whole, None, True)
         return self.source(lambda: whole, np.shape(whole))
 
     def source(self, make: Callable[[], Any], shape: tuple[int, ...], known: bool = True) -> Value:
         """A value that is made whole and then cut: its axes are free, and what is dead can be had."""
         axes = tuple(Axis(self.labels.fresh(size), COMPUTABLE) for size in shape)
         if self.alive is None:
-            return Value(axes, None, make if known else None)
+            return Value(axes, None, make if known else None, None, None, known)
         whole = make()
         keeps = [np.flatnonzero(self.keep(axis)) for axis in axes]
 
@@ -84,7 +84,7 @@ class Walk:
             dead = np.flatnonzero(~self.keep(axes[i]))
             return cut([dead if k == i else positions for k, positions in enumerate(keeps)])
 
-        return Value(axes, None, make if known else None, cut(keeps), part)
+        return Value(axes, None, make if known else None, cut(keeps), part, known)
 
     def outputs(
         self,
@@ -107,11 +107,14 @@ class Walk:
             const: of the only output, as in `Value`.
         """
         known = self._known(eqn, operands)
+        weights = bool(operands) and all(operand.weights for operand in operands)
         arrays: Sequence[Any] = [None] * len(axes)
         if self.alive is not None:
             made = rewrite() if rewrite else bind(eqn, [operand.array for operand in operands])
             arrays = list(made) if eqn.primitive.multiple_results else [made]
-        return [Value(tuple(of_one), const, known, array, part) for of_one, array in zip(axes, arrays, strict=True)]
+        return [
+            Value(tuple(of_one), const, known, array, part, weights) for of_one, array in zip(axes, arrays, strict=True)
+        ]
 
     def _known(self, eqn: JaxprEqn, operands: Sequence[Value]) -> Callable[[], Any] | None:
         makers = [operand.known for operand in operands]
