@@ -85,7 +85,7 @@ class TracedNetwork:
             UserMistake: the target is missing, doubled or out of reach, or a name is unknown.
             NonFiniteScoreError: a score is NaN or infinite.
         """
-        groups = _of_kinds(self.groups, kinds)
+        groups = self.groups_of(kinds)
         pools = ranked(groups, _unit_scores(self, scores, groups, combine), scope, dead or {})
         _check_choice(sparsity=sparsity, params=params, macs=macs)
 
@@ -105,6 +105,27 @@ class TracedNetwork:
     def _macs_left(self, dead: Dead) -> int:
         small = self.compact(dead, self._shapes)
         return cost(small.apply, small.params, *self._inputs).macs
+
+    def groups_of(self, kinds: Iterable[str] = ()) -> dict[str, Group]:
+        """The groups of these kinds, all if none is named."""
+        return _of_kinds(self.groups, kinds)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path -> shape of every parameter."""
+        return {path: leaf.shape for path, leaf in leaves_by_path(self._shapes).items()}
+
+    def unit_scores(
+        self, scores: PyTree, *, groups: Mapping[str, Group] | None = None, combine: str = "sum"
+    ) -> dict[str, np.ndarray]:
+        """Scores of units `[units]` by group, from scores of weights.
+
+        Args:
+            scores: arrays shaped like the parameters; None or absent: not counted.
+            groups: of these groups; left out, of all.
+            combine: what is made of the scores of a unit's weights: `sum`, `mean`, `l1`, `l2`, `max`.
+        """
+        return _unit_scores(self, scores, self.groups if groups is None else groups, combine)
 
     def masks(self, dead: Dead) -> PyTree:
         """Bool arrays shaped like all parameters, False in every slice that a dead unit holds.

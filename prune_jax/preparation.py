@@ -151,15 +151,16 @@ def _check_network(problem: Problem, recipe: Recipe) -> None:
             inputs_of(sample),
         )
         check(objective(problem.objective), outputs, sample, classes=data.classes)
-    _check_targets(variables.params, recipe)
+    _check_targets(network, inputs_of(sample), variables.params, recipe)
 
 
-def _check_targets(params: Any, recipe: Recipe) -> None:
+def _check_targets(network: Any, inputs: Any, params: Any, recipe: Recipe) -> None:
     """Refuses patterns that fit no parameter, and more survivors than there are weights."""
     import jax
 
     from prune_jax.allocation import allocate
     from prune_jax.scoring import prunable_paths
+    from prune_jax.structure import groups_of
     from prune_jax.trees import leaves_by_path
 
     wiring = parents_of(recipe.stages)
@@ -169,6 +170,10 @@ def _check_targets(params: Any, recipe: Recipe) -> None:
         scored: Any = recipe.stages[wiring[name][0]] if stage.kind == "mask" else stage
         with _at(recipe.name, f"stages.{name}.exclude", list(scored.exclude)):
             paths = prunable_paths(params, exclude=scored.exclude)
+        if scored.granularity == "group":
+            with _at(recipe.name, f"stages.{name}.kinds", list(scored.kinds)):
+                groups_of(network, inputs).groups_of(scored.kinds)
+            continue
         if stage.kind == "score" or (stage.target and stage.target.word not in {"sparsity", "keep"}):
             continue
         target = stage.target.model_dump(exclude_none=True) if stage.target else {}

@@ -61,7 +61,7 @@ class _Turns:
         return {"problem": origin.problem, "origin": origin, "operation": self.call.operation}
 
     def _score(self, network: Ref, level: str, **where: Any) -> StageCall:
-        settings = _only(self.call.settings, "criterion", "granularity", "exclude")
+        settings = _only(self.call.settings, "criterion", "granularity", "kinds", "exclude")
         return score_call(
             self._name("score"),
             settings=settings,
@@ -72,7 +72,8 @@ class _Turns:
         )
 
     def _mask(self, network: Ref, scores: Ref, target: Mapping[str, Any], level: str, **where: Any) -> StageCall:
-        settings = {**_only(self.call.settings, "scope", "min_keep"), **target, "granularity": self.stage.granularity}
+        settings = {**_only(self.call.settings, "scope", "min_keep", "round_to"), **target}
+        settings["granularity"] = self.stage.granularity
         return mask_call(
             self._name("mask"), settings=settings, network=network, scores=scores, level=level, **self._shared(**where)
         )

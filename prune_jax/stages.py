@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from prune_jax.checkpoints import Store
+from prune_jax.compaction import TracedNetwork, cut
+from prune_jax.criteria import find
 from prune_jax.datasets import Dataset, Split
 from prune_jax.evaluation import describe, evaluator, latencies
+from prune_jax.group_scoring import score_groups
 from prune_jax.masks import apply_masks, sparsity
 from prune_jax.models import Network, Variables
 from prune_jax.objectives import inputs_of, objective
@@ -22,6 +25,7 @@ from prune_jax.progress import Progress, Report, silent
 from prune_jax.recipe import Evaluate, Optimizer, Problem, Ref, StageCall, StageResult, Status
 from prune_jax.schedules import iterative
 from prune_jax.scoring import mask, score
+from prune_jax.structure import after, cut_network, groups_of, restored, stored
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 Arrays = dict[str, Any]
@@ -33,6 +37,7 @@ class Loaded(NamedTuple):
 
     variables: Variables
     masks: PyTree | None
+    keep: PyTree | None = None  # of a compact network, as `structure.stored` has it
 
 
 def run_stage(call: StageCall, store: Store, *, report: Report = silent) -> StageResult:
@@ -75,7 +80,8 @@ def finetune(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Met
     """Trains on under masks, from earlier weights if the call rewinds."""
     start = read_network(store, call.inputs["network"])
     if "rewind" in call.inputs:
-        start = start._replace(variables=read_network(store, call.inputs["rewind"]).variables)
+        earlier = read_network(store, call.inputs["rewind"]).variables
+        start = start._replace(variables=_cut(call.problem, earlier, start.keep))
     return _fit(call, store, report, start, dataset_of(call.problem))
 
 
@@ -84,7 +90,7 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
 
     settings = dict(call.settings)
     optimizer = Optimizer.model_validate(settings.pop("optimizer", {}))
-    network = network_of(call.problem)
+    network = _network(call.problem, start.keep)
 
     def beat(done: int, total: int, loss: float, rate: float) -> None:
         report(Progress(call.name, call.label, done, total, "step", loss, rate))
@@ -104,31 +110,33 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
             beat=beat,
             **settings,
         )
-    metrics = _validated(call.problem, fitted.variables, data)
+    metrics = _validated(call.problem, fitted.variables, data, start.keep)
     if fitted.losses.size:
         metrics["train_loss"] = float(np.mean(fitted.losses[-50:]))
     metrics |= {"sparsity": _sparsity(start.masks), "steps": int(fitted.losses.size)}
     if fitted.resumed_from:
         metrics["resumed_from_step"] = fitted.resumed_from
-    return {**_arrays(fitted.variables, start.masks), "losses": fitted.losses}, metrics
+    return {**_arrays(start._replace(variables=fitted.variables)), "losses": fitted.losses}, metrics
 
 
 def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """Scores of every prunable unit."""
     loaded = read_network(store, call.inputs["network"])
     data = dataset_of(call.problem)
-    criterion = call.settings["criterion"]
-    batches = _counted(data.train, call, criterion.get("batches"), report)
-    scores = score(
-        criterion["name"],
-        loaded.variables.params,
-        loss=mean_loss(network_of(call.problem), call.problem.objective, loaded.variables.state),
-        batches=batches,
-        exclude=tuple(call.settings.get("exclude", ())),
-        key=jax.random.key(call.seed),
-        options=criterion.get("options", {}),
-        granularity=call.settings.get("granularity", "weight"),
-    )
+    criterion, granularity = call.settings["criterion"], call.settings.get("granularity", "weight")
+    given: dict[str, Any] = {
+        "loss": mean_loss(_network(call.problem, loaded.keep), call.problem.objective, loaded.variables.state),
+        "batches": _counted(data.train, call, criterion.get("batches"), report),
+        "exclude": tuple(call.settings.get("exclude", ())),
+        "key": jax.random.key(call.seed),
+        "options": criterion.get("options", {}),
+    }
+    entry, params = find(criterion["name"]), loaded.variables.params
+    if granularity == "group":
+        net, kinds = _groups(call.problem, loaded.keep), call.settings.get("kinds", ())
+        scores: Any = score_groups(net, entry, params, prefix="params/", kinds=kinds, **given)
+    else:
+        scores = score(entry, params, granularity=granularity, **given)
     metrics = {"units": int(sum(leaf.size for leaf in jax.tree.leaves(scores)))}
     return {"scores": jax.device_get(scores)}, metrics
 
@@ -146,7 +154,10 @@ def _counted(split: Split, call: StageCall, most: int | None, report: Report) ->
 
 def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """The network under masks of its lowest scores."""
-    (params, state), alive = read_network(store, call.inputs["network"])
+    if call.settings.get("granularity") == "group":
+        return _mask_groups(call, store)
+    loaded = read_network(store, call.inputs["network"])
+    (params, state), alive = loaded.variables, loaded.masks
     scores = _like(params, store.read(call.inputs["scores"])[0].get("scores", {}))
     settings = call.settings
     masks = mask(
@@ -161,8 +172,67 @@ def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays,
     if alive is not None:  # leaves that were not scored this time keep what they had: what is dead stays dead
         masks = _like(params, leaves_by_path(alive) | leaves_by_path(masks))
     variables = Variables(jax.device_get(apply_masks(params, masks)), state)
-    metrics = _validated(call.problem, variables, dataset_of(call.problem)) | {"sparsity": _sparsity(masks)}
-    return _arrays(variables, jax.device_get(masks)), metrics
+    return _masked(call, loaded._replace(variables=variables, masks=jax.device_get(masks)))
+
+
+def _masked(call: StageCall, loaded: Loaded) -> tuple[Arrays, Metrics]:
+    metrics = _validated(call.problem, loaded.variables, dataset_of(call.problem), loaded.keep)
+    return _arrays(loaded), metrics | {"sparsity": _sparsity(loaded.masks)}
+
+
+def _mask_groups(call: StageCall, store: Store) -> tuple[Arrays, Metrics]:
+    """The network under masks of its lowest groups' units; the batch statistics of dead units are zero too."""
+    loaded = read_network(store, call.inputs["network"])
+    net = _groups(call.problem, loaded.keep)
+    scores = leaves_by_path(store.read(call.inputs["scores"])[0]["scores"])  # group names are paths, too
+    masked = {"params": loaded.masks or {}}
+    settings = call.settings
+    scope = settings.get("scope", "global")
+    dead = net.choose(
+        scores,
+        **settings["target"],
+        scope="group" if scope == "layer" else scope,
+        min_keep=max(settings.get("min_keep", 1), 1),
+        round_to=settings.get("round_to", 1),
+        dead=net.dead_in(masked),
+    )
+    masks = net.masks(dead)
+    params = masks["params"]
+    if loaded.masks is not None:  # what is dead stays dead
+        params = jax.tree.map(jnp.logical_and, params, _full(loaded.masks, params))
+    variables = Variables(
+        jax.device_get(apply_masks(loaded.variables.params, params)),
+        jax.device_get(apply_masks(loaded.variables.state, masks["state"])),
+    )
+    arrays, metrics = _masked(call, loaded._replace(variables=variables, masks=jax.device_get(params)))
+    units = {name: {"dead": len(dead.get(name, ())), "units": group.size} for name, group in net.groups.items()}
+    return arrays, metrics | {"groups": units}
+
+
+def _full(masks: PyTree, like: PyTree) -> PyTree:
+    found = leaves_by_path(masks)
+    return map_by_path(lambda path, mask: found.get(path, np.ones(mask.shape, bool)), like)
+
+
+def compact(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
+    """The network without its dead units: smaller arrays for a smaller function."""
+    loaded = read_network(store, call.inputs["network"])
+    net = _groups(call.problem, loaded.keep)
+    dead = net.dead_in({"params": loaded.masks or {}})
+    small = net.compact(dead, loaded.variables._asdict())
+    variables = jax.device_get(Variables(**small.params))
+    masks = None if loaded.masks is None else jax.device_get(small.slice({"params": loaded.masks})["params"])
+    if masks is not None and all(np.all(mask) for mask in jax.tree.leaves(masks)):
+        masks = None
+    shapes = _shapes(call.problem)
+    keep = small.keep if loaded.keep is None else after(restored(loaded.keep, shapes), small.keep)
+    made = Loaded(variables, masks, stored(keep, shapes))
+    metrics = _validated(call.problem, variables, dataset_of(call.problem), made.keep)
+    units = {
+        name: {"dead": len(dead.get(name, ())), "units": group.size, "kind": group.kind}
+        for name, group in net.groups.items()
+    }
+    return _arrays(made), metrics | {"sparsity": _sparsity(masks), "groups": units}
 
 
 def _target(settings: dict[str, Any], scores: PyTree) -> dict[str, Any]:
@@ -187,18 +257,19 @@ def prune(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metric
 
 def evaluate(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """Measures networks on the test split, and times them in turns."""
-    data, network = dataset_of(call.problem), network_of(call.problem)
+    data = dataset_of(call.problem)
     loaded = {name: read_network(store, ref) for name, ref in call.inputs.items()}
+    networks = {name: (_network(call.problem, each.keep), each.variables) for name, each in loaded.items()}
     sample = sample_of(data)
-    measure = _evaluator(network, call.problem.objective, call.problem.data.batch_size)
     found: dict[str, Any] = {}
-    for i, (name, (variables, masks)) in enumerate(loaded.items()):
+    for i, (name, (network, variables)) in enumerate(networks.items()):
         report(Progress(call.name, call.label, i, len(loaded) + 1, "network"))
-        found[name] = measure(variables, data.test) | describe(network, variables, masks, inputs_of(sample))
+        measure = _evaluator(network, call.problem.objective, call.problem.data.batch_size)
+        found[name] = measure(variables, data.test)
+        found[name] |= describe(network, variables, loaded[name].masks, inputs_of(sample))
     timed = Evaluate.model_validate({"kind": "evaluate", **call.settings}).latency
     if timed:
         report(Progress(call.name, f"{call.label}: latency", len(loaded), len(loaded) + 1, "network"))
-        networks = {name: (network, variables) for name, (variables, _) in loaded.items()}
         for name, times in latencies(networks, functools.partial(_inputs, sample), timed.batch_sizes).items():
             found[name]["latency_ms"] = times
     return {}, {call.inputs[name].key: facts for name, facts in found.items()}
@@ -214,6 +285,7 @@ STAGES: dict[str, Callable[[StageCall, Store, Report], tuple[Arrays, Metrics]]] 
     "mask": mask_network,
     "finetune": finetune,
     "prune": prune,
+    "compact": compact,
     "evaluate": evaluate,
 }
 
@@ -223,12 +295,36 @@ def read_network(store: Store, ref: Ref) -> Loaded:
     arrays, _ = store.read(ref)
     params = arrays.get("params", {})
     masks = _like(params, arrays["masks"]) if "masks" in arrays else None
-    return Loaded(Variables(params, arrays.get("state", {})), masks)
+    return Loaded(Variables(params, arrays.get("state", {})), masks, arrays.get("keep"))
 
 
-def _arrays(variables: Variables, masks: PyTree | None) -> Arrays:
-    arrays = {"params": variables.params, "state": variables.state}
-    return arrays if masks is None else {**arrays, "masks": masks}
+def _arrays(loaded: Loaded) -> Arrays:
+    arrays = loaded.variables._asdict()
+    if loaded.masks is not None:
+        arrays["masks"] = loaded.masks
+    return arrays if loaded.keep is None else {**arrays, "keep": loaded.keep}
+
+
+def _shapes(problem: Problem) -> PyTree:
+    """Shapes and types of the whole network's variables."""
+    return jax.eval_shape(network_of(problem).init, jax.random.key(0))._asdict()
+
+
+def _network(problem: Problem, keep: PyTree | None) -> Network:
+    """The problem's network, cut to `keep` where it is compact."""
+    whole = network_of(problem)
+    return whole if keep is None else cut_network(whole, restored(keep, _shapes(problem)))
+
+
+def _cut(problem: Problem, variables: Variables, keep: PyTree | None) -> Variables:
+    if keep is None:
+        return variables
+    shapes = _shapes(problem)
+    return Variables(**jax.device_get(cut(variables._asdict(), shapes, restored(keep, shapes))))
+
+
+def _groups(problem: Problem, keep: PyTree | None) -> TracedNetwork:
+    return groups_of(_network(problem, keep), inputs_of(sample_of(dataset_of(problem))))
 
 
 def _like(params: PyTree, part: PyTree) -> PyTree:
@@ -241,11 +337,11 @@ def _sparsity(masks: PyTree | None) -> float:
     return 0.0 if masks is None else sparsity(masks)
 
 
-def _validated(problem: Problem, variables: Variables, data: Dataset) -> Metrics:
+def _validated(problem: Problem, variables: Variables, data: Dataset, keep: PyTree | None = None) -> Metrics:
     """Loss and metrics on the validation split, if there is one."""
     if data.validation is None:
         return {}
-    measure = _evaluator(network_of(problem), problem.objective, problem.data.batch_size)
+    measure = _evaluator(_network(problem, keep), problem.objective, problem.data.batch_size)
     return {
         f"validation_{name}": value for name, value in measure(variables, data.validation, name="validation").items()
     }

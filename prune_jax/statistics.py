@@ -100,6 +100,44 @@ def gather(
     return Statistics(**_means(found, examples))
 
 
+def unit_taylor(
+    sums: Callable[[PyTree], PyTree],
+    loss: Loss,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    prunable: Collection[str],
+) -> PyTree:
+    """The squared change of the loss when a unit is removed, to first order: mean over batches of (sum g w)^2.
+
+    Args:
+        sums: makes of a tree like `params`, None for leaves that are not prunable, the sums over units.
+        loss: `loss(params, batch) -> scalar`, a mean over the batch's examples.
+        params: any pytree of arrays.
+        batches: pytrees of arrays whose leading axis counts examples; each weighs as many as it holds.
+        prunable: paths of the leaves that count.
+
+    Returns:
+        A tree like that of `sums`, float32.
+    """
+    paths = frozenset(prunable)
+
+    @jax.jit
+    def squares(params: PyTree, batch: PyTree) -> PyTree:
+        gradient = _gradient(loss, params, batch, paths)
+        terms = jax.tree.map(lambda g, w: g * w.astype(jnp.float32), gradient, select(params, paths))
+        return jax.tree.map(lambda s: _examples(batch) * jnp.square(s), sums(terms))
+
+    total, examples = None, 0
+    for batch in batches:
+        found = squares(params, batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        examples += _examples(batch)
+    if not examples:
+        raise UserMistake("there are no batches to gather statistics from; give at least one.")
+    return jax.tree.map(lambda s: s / examples, total)
+
+
 def _zeros(params: PyTree, paths: frozenset[str]) -> PyTree:
     return jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), jnp.float32), select(params, paths))
 

@@ -30,8 +30,10 @@ class Criterion:
     paper: str
     needs: frozenset[str] = frozenset()  # fields of Statistics
     needs_if: Mapping[str, frozenset[str]] = field(default_factory=dict)  # needed instead where that option is set
-    granularities: tuple[str, ...] = ("weight", "neuron")
-    combine: str = "sum"  # of a unit's scores, as in granularity.unit_scores; "p": the norm that the option p names
+    granularities: tuple[str, ...] = ("weight", "neuron", "group")
+    # Of a unit's scores, as in granularity.unit_scores. "p": the norm that the option p names; "square of sum": mean
+    # over batches of (sum g w)^2, whatever the function makes of single weights.
+    combine: str = "sum"
 
     @property
     def data_free(self) -> bool:
@@ -84,7 +86,7 @@ def criterion(
     paper: str,
     needs: Collection[str] = (),
     needs_if: Mapping[str, Collection[str]] | None = None,
-    granularities: tuple[str, ...] = ("weight", "neuron"),
+    granularities: tuple[str, ...] = ("weight", "neuron", "group"),
     combine: str = "sum",
 ) -> Callable[[Callable[..., PyTree]], Criterion]:
     """Registers the function below it under `name`, with the facts of `Criterion`.

@@ -52,10 +52,13 @@ def snip(params: PyTree, stats: Statistics) -> PyTree:
     formula="mean (g * w)^2",
     paper="Molchanov et al. 2017, arXiv:1611.06440; 2019, arXiv:1906.10771",
     needs=("gradient_square",),
-    granularities=("weight",),  # a group's score is the square of a sum, not the sum of these squares
+    granularities=("weight", "group"),  # a neuron's score would be the square of a sum, not the sum of these squares
+    combine="square of sum",
 )
 def taylor(params: PyTree, stats: Statistics) -> PyTree:
     """The squared change of the loss when a weight is removed, to first order: s = mean over batches of (g w)^2.
+
+    A group's unit is scored by the square of the sum over its weights, mean over batches of (sum g w)^2.
 
     Args:
         params: weights, leaves of any shape.

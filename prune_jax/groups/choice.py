@@ -11,7 +11,7 @@ import numpy as np
 from prune_jax.errors import NonFiniteScoreError, UserMistake, did_you_mean
 from prune_jax.groups.trace import Group
 
-COMBINE = ("sum", "mean", "l1", "l2", "max")
+COMBINE = ("sum", "mean", "l1", "l2", "max", "first")
 SCOPES = ("global", "isomorphic", "group")
 
 
@@ -21,7 +21,7 @@ def unit_scores(groups: Mapping[str, Group], leaves: Mapping[str, Any], combine:
     Args:
         groups: name -> group.
         leaves: path -> scores shaped like that parameter; parameters that it lacks count for nothing.
-        combine: what is made of a unit's scores: `sum`, `mean`, `l1`, `l2` or `max`.
+        combine: what is made of a unit's scores: `sum`, `mean`, `l1`, `l2`, `max`, or the `first` of them.
 
     Returns:
         Group -> float64 scores `[units]`; groups of which no weight is scored are left out.
@@ -41,6 +41,8 @@ def unit_scores(groups: Mapping[str, Group], leaves: Mapping[str, Any], combine:
 def _combined(scored: Sequence[tuple[np.ndarray, int, np.ndarray]], combine: str) -> np.ndarray:
     lines = [np.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1) for leaf, axis, _ in scored]
     held = [places for _, _, places in scored]
+    if combine == "first":
+        return lines[0][:, 0][held[0][:, 0]]
     if combine == "max":
         return np.stack([line.max(axis=1)[p].max(axis=1) for line, p in zip(lines, held, strict=True)]).max(axis=0)
     power: Callable[[np.ndarray], np.ndarray] = {"l1": np.abs, "l2": np.square}.get(combine, lambda s: s)

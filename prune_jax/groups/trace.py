@@ -312,7 +312,9 @@ class _Roles:
         return [(path, d) for path, d, _ in members if self.ranks[path] > 1 and (path, d) not in self.reads]
 
     def name(self, kind: str, members: Sequence[tuple[str, int, np.ndarray]]) -> str:
-        path = next(iter(self._writers(members)), (members[0][0], 0))[0]
+        writers = [path for path, _ in self._writers(members)]
+        kernels = [path for path in writers if path.rpartition("/")[2] in (*_LEAVES, "value")]
+        path = [*kernels, *writers, members[0][0]][0]
         parts = path.split("/")
         if len(parts) > 2 and parts[-1] == "value" and parts[-2] in _LEAVES:  # as NNX names them
             parts.pop()

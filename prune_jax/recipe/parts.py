@@ -280,6 +280,8 @@ class Target(Frozen):
     threshold: float | None = Field(default=None, description="scores below die")
     statistic: Literal["mean", "median"] | None = Field(default=None, description="scores below it die")
     percentile: float | None = Field(default=None, gt=0, lt=100, description="scores below it die")
+    params: float | None = Field(default=None, gt=0, le=1, description="groups: so large a share of parameters is left")
+    macs: float | None = Field(default=None, gt=0, le=1, description="groups: so large a share of MACs is left")
 
     @model_validator(mode="after")
     def _one_and_possible(self) -> Target:

@@ -23,7 +23,7 @@ from prune_jax.recipe.parts import (
     Target,
     mistake,
 )
-from prune_jax.recipe.wiring import check_wiring
+from prune_jax.recipe.wiring import check_wiring, parents_of
 
 Matrix = dict[str, Annotated[list[Any], Field(min_length=1)]]
 
@@ -88,7 +88,13 @@ class Finetune(Stage, Recovery):
 class Prunable(Frozen):
     """What dies together, and where nothing may."""
 
-    granularity: Literal["weight", "neuron"] = Field(default="weight", description="what dies together")
+    granularity: Literal["weight", "neuron", "group"] = Field(
+        default="weight",
+        description="what dies together; group: what the network's wiring ties, which `compact` can take away",
+    )
+    kinds: tuple[Literal["neuron", "channel", "head", "head_dim", "width", "feature"], ...] = Field(
+        default=(), description="groups of these kinds alone; left out, all"
+    )
     exclude: tuple[str, ...] = Field(default=(), description="patterns of parameters that stay dense: `output/*`")
 
 
@@ -102,12 +108,14 @@ class Score(Stage, Prunable):
 class Allocation(Frozen):
     """Where how many die."""
 
-    scope: Literal["global", "layer", "erk"] | dict[str, Fraction] = Field(
+    scope: Literal["global", "layer", "erk", "isomorphic"] | dict[str, Fraction] = Field(
         default="global",
-        description="within which set scores compete; a table {pattern: sparsity} sets each layer's own",
+        description="within which set scores compete; a table {pattern: sparsity} sets each layer's own; "
+        "isomorphic: groups that do the same in different places",
     )
     target: Target | None = Field(default=None, description="how many die; left out with a table")
     min_keep: int = Field(default=0, ge=0, description="so many units of each layer survive whatever their scores")
+    round_to: int = Field(default=1, ge=1, description="groups keep a multiple of so many units")
 
     @model_validator(mode="after")
     def _scope_fits_target(self) -> Allocation:
@@ -121,6 +129,24 @@ class Allocation(Frozen):
                 f"erk shares out a number of survivors: its target is sparsity or keep, not {self.target.word}"
             )
         return self
+
+
+_SCOPES = {"group": ("global", "layer", "isomorphic")}
+_TARGETS = {"group": ("sparsity", "params", "macs")}
+
+
+def check_units(stage: Allocation, granularity: str, where: str = "") -> None:
+    """Refuses scopes and targets that do not go with what dies together."""
+    scopes = _SCOPES.get(granularity, ("global", "layer", "erk"))
+    words = _TARGETS.get(granularity, ("sparsity", "keep", "threshold", "statistic", "percentile"))
+    shown = stage.scope if isinstance(stage.scope, str) else "a table"
+    if shown not in scopes and not (isinstance(stage.scope, dict) and granularity != "group"):
+        message = f"{shown} does not go with granularity {granularity} (allowed: {', '.join(scopes)})"
+        raise mistake(f"{where}scope", message)
+    word = stage.target.word if stage.target else words[0]
+    if word not in words:
+        message = f"does not go with granularity {granularity} (allowed: {', '.join(words)})"
+        raise mistake(f"{where}target.{word}", message)
 
 
 class Mask(Stage, Allocation):
@@ -138,6 +164,11 @@ class Prune(Stage, Prunable, Allocation):
     finetune: Recovery | None = None
     guard: Guard | None = None
     search: Search | None = None
+
+    @model_validator(mode="after")
+    def _target_fits_units(self) -> Prune:
+        check_units(self, self.granularity)
+        return self
 
     @model_validator(mode="after")
     def _rounds_have_levels(self) -> Prune:
@@ -165,6 +196,12 @@ def _check_amount(word: str, amount: float) -> None:
     if not possible:
         allowed = {"sparsity": "at least 0 and below 1", "percentile": "above 0 and below 100"}[word]
         raise mistake("search.amounts", f"{amount:g} cannot be a {word}, which must be {allowed}")
+
+
+class Compact(Stage):
+    """Takes dead units away: smaller arrays and a smaller function that compute the same."""
+
+    kind: Literal["compact"]
 
 
 class Latency(Frozen):
@@ -195,7 +232,7 @@ class Evaluate(Stage):
         return (self.of,) if isinstance(self.of, str) else tuple(self.of or ())
 
 
-AnyStage = Annotated[Train | Score | Mask | Finetune | Prune | Evaluate, Field(discriminator="kind")]
+AnyStage = Annotated[Train | Score | Mask | Finetune | Prune | Compact | Evaluate, Field(discriminator="kind")]
 
 
 class Recipe(Frozen):
@@ -229,4 +266,8 @@ class Recipe(Frozen):
     @classmethod
     def _stages_follow_stages(cls, stages: dict[str, Any]) -> dict[str, Any]:
         check_wiring(stages)
+        wiring = parents_of(stages)
+        for name, stage in stages.items():
+            if isinstance(stage, Mask):
+                check_units(stage, stages[wiring[name][0]].granularity, f"{name}.")
         return stages

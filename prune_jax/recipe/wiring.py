@@ -9,13 +9,14 @@ from prune_jax.errors import did_you_mean
 from prune_jax.recipe.parts import mistake
 
 # What each kind takes: the kinds whose result will do.
-NETWORKS = ("train", "mask", "finetune", "prune")
+NETWORKS = ("train", "mask", "finetune", "prune", "compact")
 TAKES = {
     "train": (),
     "score": NETWORKS,
     "mask": ("score",),
     "finetune": NETWORKS,
     "prune": NETWORKS,
+    "compact": NETWORKS,
     "evaluate": NETWORKS,
 }
 
