@@ -98,6 +98,11 @@ def score(
     entry = find(criterion) if isinstance(criterion, str) else criterion
     options = dict(options or {})
     entry.check_options(options)
+    if granularity == "group":
+        raise UserMistake(
+            "groups are known by a network's trace alone: net = pj.trace(apply, params, inputs), then "
+            "net.unit_scores(pj.score(...)) or net.choose(pj.score(...), sparsity=0.5)"
+        )
     check_granularity(granularity, entry.granularities)
     paths = prunable_paths(params, prunable, exclude)
     needs = entry.needs_with(options)

@@ -79,7 +79,7 @@ BAD = {
     ),
     "granularity": (
         {"stages.prune.criterion": "taylor", "stages.prune.granularity": "neuron"},
-        "stages.prune.granularity = 'neuron': granularity 'neuron' is not possible here (allowed: weight)",
+        "stages.prune.granularity = 'neuron': granularity 'neuron' is not possible here (allowed: weight, group)",
     ),
     "objective": (
         {"objective": "clasification"},

@@ -12,7 +12,9 @@ from prune_jax.statistics import Statistics
 from tests.compiling import compilations
 
 NAMES = list(CRITERIA)
-PAIRS = [(name, granularity) for name in NAMES for granularity in CRITERIA[name].granularities]
+PAIRS = [
+    (name, granularity) for name in NAMES for granularity in CRITERIA[name].granularities if granularity != "group"
+]
 KERNELS = ("hidden/kernel", "out/kernel")
 
 
@@ -155,7 +157,7 @@ def test_entries_say_what_is_so(name):
     assert entry.data_free == (name in {"magnitude", "random"})
     assert entry.stochastic == (name == "random")
     assert entry.options == {"magnitude": {"p": 1}, "sensitivity": {"signed": False}}.get(name, {})
-    assert set(entry.granularities) <= {"weight", "neuron"}
+    assert set(entry.granularities) <= {"weight", "neuron", "group"}
     assert "Returns:" in (inspect.getdoc(entry.function) or "")
 
 

@@ -17,7 +17,7 @@ TRAIN = {"kind": "train"}
 PRUNE = {"kind": "prune", "criterion": "magnitude", "target": {"sparsity": 0.5}}
 SCORE = {"kind": "score", "criterion": "magnitude"}
 MASK = {"kind": "mask", "target": {"sparsity": 0.5}}
-NETWORK = "train or mask or finetune or prune"
+NETWORK = "train or mask or finetune or prune or compact"
 MISSING = object()
 
 
@@ -51,7 +51,7 @@ def complaint(raw, **options):
 
 TOP = "(allowed: name, description, seed, data, model, objective, stages, matrix)"
 RATES = "(allowed: sgd, adam, adamw, nadam, rmsprop, adagrad, lion, lamb)"
-ONE_TARGET = "needs exactly one of sparsity, keep, threshold, statistic, percentile"
+ONE_TARGET = "needs exactly one of sparsity, keep, threshold, statistic, percentile, params, macs"
 BOTH = "says both `after` and `of`, which mean the same; leave one out"
 
 EXACT = [
@@ -68,7 +68,7 @@ EXACT = [
         "stages/prune/target/sparcity",
         0.5,
         "stages.prune.target.sparcity = 0.5: is not a field here; did you mean 'sparsity'? "
-        "(allowed: sparsity, keep, threshold, statistic, percentile)",
+        "(allowed: sparsity, keep, threshold, statistic, percentile, params, macs)",
     ),
     (
         "stages/prune/criterion",
@@ -102,7 +102,7 @@ EXACT = [
         "stages/train/kind",
         "trian",
         "stages.train.kind = 'trian': is not known; did you mean 'train'? "
-        "(allowed: train, score, mask, finetune, prune, evaluate)",
+        "(allowed: train, score, mask, finetune, prune, compact, evaluate)",
     ),
     (
         "stages/train/optimizer",
@@ -112,7 +112,7 @@ EXACT = [
     (
         "stages/prune/granularity",
         "weights",
-        "stages.prune.granularity = 'weights': is not known; did you mean 'weight'? (allowed: weight, neuron)",
+        "stages.prune.granularity = 'weights': is not known; did you mean 'weight'? (allowed: weight, neuron, group)",
     ),
     (
         "stages/prune/schedule",
@@ -337,7 +337,7 @@ BEGINNINGS = [
         "stages/prune/scope",
         "erks",
         "stages.prune.scope = 'erks': is not known; did you mean 'erk'? "
-        "(allowed: global, layer, erk, or a table {pattern: sparsity})",
+        "(allowed: global, layer, erk, isomorphic, or a table {pattern: sparsity})",
     ),
     ("stages/prune/exclude", "output", "stages.prune.exclude = 'output': must be a list, such as [a, b]"),
     (
