@@ -114,19 +114,24 @@ class Store:
             found = checkpointer.restore(self.path(ref) / ARRAYS, args=ocp.args.StandardRestore(target))
         return nest(flat | leaves_by_path(found)), meta
 
-    def write(self, ref: Ref, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    def write(
+        self, ref: Ref, arrays: Mapping[str, Any], meta: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> dict[str, Any]:
         """Publishes an artifact by one rename and answers its meta; what is already there stays.
 
         Args:
             ref: its name.
             arrays: nested dicts of arrays.
             meta: facts that JSON can hold; digests, versions and the shapes of the arrays are added.
+            files: other files by name.
         """
         final = self.path(ref)
         final.parent.mkdir(parents=True, exist_ok=True)
         aside = final.parent / f".{ref.key}.{uuid.uuid4().hex[:8]}.tmp"
         aside.mkdir()
         try:
+            for name, data in (files or {}).items():
+                (aside / name).write_bytes(data)
             full = self._fill(aside, ref, arrays, meta)
             if self.meta(ref) is not None:
                 if self.intact(ref):  # somebody else was quicker

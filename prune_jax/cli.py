@@ -212,6 +212,30 @@ def show(name: RunArgument, store: StoreOption = "artifacts", as_json: JsonOptio
     console.print(f"{_escaped(record['message'])}", highlight=False)
 
 
+@app.command(epilog="Example:\n\n  prune-jax predict lenet-5-compact digits.npz -o answers.npz")
+def predict(
+    name: RunArgument,
+    inputs: Annotated[str, typer.Argument(metavar="INPUT.npz", help="Holds x, and lengths if needed.")],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="OUT.npz", help="Where the answers go; left out, stdout.")
+    ] = None,
+    store: StoreOption = "artifacts",
+) -> None:
+    """Runs a run's exported network on arrays, with no code of the model loaded."""
+    import numpy as np
+
+    from prune_jax.checkpoints import Store
+    from prune_jax.prediction import predict as answer
+    from prune_jax.prediction import read_inputs
+
+    found = answer(Store(store), name, read_inputs(inputs))
+    if output is None:
+        np.savetxt(sys.stdout, found.reshape(len(found), -1), fmt="%.6g")
+        return
+    np.savez(output, outputs=found)
+    sys.stdout.write(f"{output}: outputs {list(found.shape)}\n")
+
+
 @app.command(epilog="Example:\n\n  prune-jax report lenet-300-100")
 def report(name: RunArgument, store: StoreOption = "artifacts") -> None:
     """Writes a run's report, one self-contained HTML file, and prints its path."""

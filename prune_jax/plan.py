@@ -27,7 +27,7 @@ from prune_jax.recipe import (
 from prune_jax.recipe.parts import Frozen
 
 # A stage that comes to compute something else gets the next number, so that nothing old is taken for new.
-VERSIONS = {"train": 1, "score": 1, "mask": 1, "finetune": 1, "prune": 1, "compact": 1, "evaluate": 1}
+VERSIONS = {"train": 1, "score": 1, "mask": 1, "finetune": 1, "prune": 1, "compact": 1, "export": 1, "evaluate": 1}
 KEY_LENGTH = 20
 
 
@@ -113,13 +113,15 @@ def mask_call(
     )
 
 
-def compact_call(name: str, problem: Problem, settings: dict[str, Any], network: Ref, **more: Any) -> StageCall:
-    """The network without its dead units."""
+def shape_call(
+    kind: str, name: str, problem: Problem, settings: dict[str, Any], network: Ref, **more: Any
+) -> StageCall:
+    """The same network in another shape: compact, or exported."""
     return StageCall(
         name=name,
-        label="compact",
-        kind="compact",
-        key=key_of("compact", settings=settings, network=network.key, **_problem_part(problem)),
+        label=" · ".join([kind, *settings.get("formats", ())]),
+        kind=kind,
+        key=key_of(kind, settings=settings, network=network.key, **_problem_part(problem)),
         settings=settings,
         inputs={"network": network},
         problem=problem,
@@ -301,8 +303,8 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             settings["granularity"] = parent.settings.get("granularity", "weight")
             network = parent.inputs["network"]
             return [mask_call(name, problem, settings, network, parent.ref, _level(stage), **operations)]
-        case "compact":
-            return [compact_call(name, problem, settings, parent.ref, seed=seed, **operations)]
+        case "compact" | "export":
+            return [shape_call(stage.kind, name, problem, settings, parent.ref, seed=seed, **operations)]
         case "finetune":
             rewind = rewind_call(settings.pop("rewind", None), origin, name)
             call = finetune_call(

@@ -16,13 +16,14 @@ from prune_jax.compaction import TracedNetwork, cut
 from prune_jax.criteria import find
 from prune_jax.datasets import Dataset, Split
 from prune_jax.evaluation import describe, evaluator, latencies
+from prune_jax.export import EXTENSIONS, WRITERS
 from prune_jax.group_scoring import score_groups
 from prune_jax.masks import apply_masks, sparsity
 from prune_jax.models import Network, Variables
 from prune_jax.objectives import inputs_of, objective
 from prune_jax.problems import dataset_of, examples_of, network_of, records_at, sample_of
 from prune_jax.progress import Progress, Report, silent
-from prune_jax.recipe import Evaluate, Optimizer, Problem, Ref, StageCall, StageResult, Status
+from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Problem, Ref, StageCall, StageResult, Status
 from prune_jax.schedules import iterative
 from prune_jax.scoring import mask, score
 from prune_jax.structure import after, cut_network, groups_of, restored, stored
@@ -54,10 +55,10 @@ def run_stage(call: StageCall, store: Store, *, report: Report = silent) -> Stag
         meta = store.meta(call.ref)
         status: Status = "cached"
         if meta is None:
-            arrays, metrics = STAGES[call.kind](call, store, report)
+            arrays, metrics, *files = STAGES[call.kind](call, store, report)
             seconds = round(time.perf_counter() - began, 3)
             facts = {"call": call.model_dump(mode="json", exclude={"facts"}), "facts": call.facts}
-            meta = store.write(call.ref, arrays, {"metrics": metrics, "seconds": seconds, **facts})
+            meta = store.write(call.ref, arrays, {"metrics": metrics, "seconds": seconds, **facts}, *files)
             status = "ran"
     return StageResult(
         name=call.name,
@@ -255,6 +256,23 @@ def prune(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metric
     return arrays, {k: v for k, v in meta["metrics"].items() if k.startswith(kept)}
 
 
+def export(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics, dict[str, bytes]]:
+    """The network in files that need none of its code, each read again and compared."""
+    loaded = read_network(store, call.inputs["network"])
+    network, (params, state) = _network(call.problem, loaded.keep), loaded.variables
+
+    def forward(*inputs: Any) -> jax.Array:
+        return network.apply(params, state, inputs, train=False, key=None)[0]
+
+    files, metrics = {}, {}
+    sample = inputs_of(sample_of(dataset_of(call.problem)))
+    formats = call.settings.get("formats", EXPORTS)
+    for i, name in enumerate(formats):
+        report(Progress(call.name, f"{call.label}: {name}", i, len(formats), "format"))
+        files[EXTENSIONS[name]], metrics[name] = WRITERS[name](forward, loaded.variables._asdict(), sample)
+    return {}, metrics, files
+
+
 def evaluate(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """Measures networks on the test split, and times them in turns."""
     data = dataset_of(call.problem)
@@ -279,13 +297,14 @@ def _inputs(sample: dict[str, np.ndarray], batch_size: int) -> tuple[np.ndarray,
     return tuple(np.repeat(array, batch_size, axis=0) for array in inputs_of(sample))
 
 
-STAGES: dict[str, Callable[[StageCall, Store, Report], tuple[Arrays, Metrics]]] = {
+STAGES: dict[str, Callable[[StageCall, Store, Report], tuple[Any, ...]]] = {
     "train": train,
     "score": score_units,
     "mask": mask_network,
     "finetune": finetune,
     "prune": prune,
     "compact": compact,
+    "export": export,
     "evaluate": evaluate,
 }
 

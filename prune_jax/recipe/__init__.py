@@ -15,11 +15,12 @@ from prune_jax.recipe.parts import (
     Target,
 )
 from prune_jax.recipe.read import built_in, check_run_name, read_recipe, validate, with_value
-from prune_jax.recipe.recipe import Evaluate, Finetune, Mask, Prune, Recipe, Score, Stage, Train
+from prune_jax.recipe.recipe import EXPORTS, Evaluate, Finetune, Mask, Prune, Recipe, Score, Stage, Train
 from prune_jax.recipe.wiring import NETWORKS, parents_of
 
 __all__ = [
     "BUILT_IN_MODELS",
+    "EXPORTS",
     "NETWORKS",
     "Data",
     "Evaluate",

@@ -204,6 +204,20 @@ class Compact(Stage):
     kind: Literal["compact"]
 
 
+EXPORTS: tuple[Literal["stablehlo", "safetensors"], ...] = ("stablehlo", "safetensors")
+
+
+class Export(Stage):
+    """Writes the network to files that need none of its code."""
+
+    kind: Literal["export"]
+    formats: tuple[Literal["stablehlo", "safetensors"], ...] = Field(
+        default=EXPORTS,
+        min_length=1,
+        description="stablehlo: a program with its weights, for any batch size; safetensors: the arrays alone",
+    )
+
+
 class Latency(Frozen):
     """Which batches are timed."""
 
@@ -232,7 +246,7 @@ class Evaluate(Stage):
         return (self.of,) if isinstance(self.of, str) else tuple(self.of or ())
 
 
-AnyStage = Annotated[Train | Score | Mask | Finetune | Prune | Compact | Evaluate, Field(discriminator="kind")]
+AnyStage = Annotated[Train | Score | Mask | Finetune | Prune | Compact | Export | Evaluate, Field(discriminator="kind")]
 
 
 class Recipe(Frozen):

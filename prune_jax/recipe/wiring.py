@@ -17,6 +17,7 @@ TAKES = {
     "finetune": NETWORKS,
     "prune": NETWORKS,
     "compact": NETWORKS,
+    "export": NETWORKS,
     "evaluate": NETWORKS,
 }
 

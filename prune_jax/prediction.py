@@ -1,0 +1,72 @@
+"""Predictions by a run's exported network; no code of the model is loaded."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prune_jax.checkpoints import Store
+from prune_jax.errors import DamagedArtifactError, UserMistake
+from prune_jax.export import EXTENSIONS, load_stablehlo
+from prune_jax.recipe import Ref
+
+NAMES = ("x", "lengths")
+
+
+def predict(store: Store, run: str, inputs: Mapping[str, np.ndarray], *, stage: str | None = None) -> np.ndarray:
+    """What the exported network of a run answers.
+
+    Args:
+        store: where the run lies.
+        run: its name.
+        inputs: `x`, and `lengths` where the network takes them, each with a batch axis in front.
+        stage: the export, if the run has several; left out, the last.
+
+    Raises:
+        UserMistake: there is no such run or export, or the inputs do not fit.
+    """
+    data = _exported(store, run, stage)
+    given = [np.asarray(inputs[name]) for name in NAMES if name in inputs]
+    try:
+        return load_stablehlo(data)(*given)
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(f"{name} {list(np.shape(inputs[name]))}" for name in NAMES if name in inputs)
+        reason = str(error).partition("\n")[0]
+        raise UserMistake(f"the inputs do not fit the network of run {run!r}: {shapes}. {reason}") from error
+
+
+def _exported(store: Store, run: str, stage: str | None) -> bytes:
+    stages = store.record(run)["stages"]
+    exports = {n: s for n, s in stages.items() if s["kind"] == "export" and "stablehlo" in s.get("metrics", {})}
+    if stage is not None and stage not in exports:
+        raise UserMistake(f"run {run!r} has no export {stage!r} as StableHLO (exports: {', '.join(exports) or 'none'})")
+    if not exports:
+        raise UserMistake(
+            f"run {run!r} has no StableHLO export; add a stage such as "
+            "`export: {kind: export, formats: [stablehlo]}` to its recipe and run it"
+        )
+    chosen = exports[stage or list(exports)[-1]]
+    ref = Ref(chosen["kind"], chosen["key"])
+    if damage := store.damage(ref):
+        raise DamagedArtifactError(f"{damage}. Run the recipe again: it will be made anew.")
+    return (store.path(ref) / EXTENSIONS["stablehlo"]).read_bytes()
+
+
+def read_inputs(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file; a single one counts as `x`, whatever its name."""
+    try:
+        with np.load(Path(path), allow_pickle=False) as file:
+            arrays: dict[str, Any] = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserMistake(f"{path}: there is no such file") from None
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
+        raise UserMistake(f"{path}: is no .npz file of plain arrays ({error})") from None
+    if len(arrays) == 1:
+        return {"x": next(iter(arrays.values()))}
+    if "x" not in arrays:
+        raise UserMistake(f"{path}: holds {', '.join(arrays) or 'nothing'} but no x; name the inputs x (and lengths)")
+    return arrays
