@@ -186,7 +186,6 @@ def _mask_groups(call: StageCall, store: Store) -> tuple[Arrays, Metrics]:
     loaded = read_network(store, call.inputs["network"])
     net = _groups(call.problem, loaded.keep)
     scores = leaves_by_path(store.read(call.inputs["scores"])[0]["scores"])  # group names are paths, too
-    masked = {"params": loaded.masks or {}}
     settings = call.settings
     scope = settings.get("scope", "global")
     dead = net.choose(
@@ -195,7 +194,7 @@ def _mask_groups(call: StageCall, store: Store) -> tuple[Arrays, Metrics]:
         scope="group" if scope == "layer" else scope,
         min_keep=max(settings.get("min_keep", 1), 1),
         round_to=settings.get("round_to", 1),
-        dead=net.dead_in(masked),
+        dead=net.dead_in(_alive(loaded)),
     )
     masks = net.masks(dead)
     params = masks["params"]
@@ -210,6 +209,11 @@ def _mask_groups(call: StageCall, store: Store) -> tuple[Arrays, Metrics]:
     return arrays, metrics | {"groups": units}
 
 
+def _alive(loaded: Loaded) -> PyTree:
+    """What is not masked, and which batch statistics are not zero, as those of masked units are."""
+    return {"params": loaded.masks or {}, "state": jax.tree.map(lambda s: np.asarray(s) != 0, loaded.variables.state)}
+
+
 def _full(masks: PyTree, like: PyTree) -> PyTree:
     found = leaves_by_path(masks)
     return map_by_path(lambda path, mask: found.get(path, np.ones(mask.shape, bool)), like)
@@ -219,7 +223,7 @@ def compact(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metr
     """The network without its dead units: smaller arrays for a smaller function."""
     loaded = read_network(store, call.inputs["network"])
     net = _groups(call.problem, loaded.keep)
-    dead = net.dead_in({"params": loaded.masks or {}})
+    dead = net.dead_in(_alive(loaded))
     small = net.compact(dead, loaded.variables._asdict())
     variables = jax.device_get(Variables(**small.params))
     masks = None if loaded.masks is None else jax.device_get(small.slice({"params": loaded.masks})["params"])
