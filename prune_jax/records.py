@@ -115,7 +115,7 @@ def _told(result: StageResult) -> str:
 
 
 def _headline(stages: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """`90 % sparse at accuracy 0.951 (-0.004)`: the sparsest network that was evaluated, against the dense one."""
+    """`90 % sparse at accuracy 0.951 (-0.004)`: the smallest network that was evaluated, against the dense one."""
     if all(stage["status"] == "cached" for stage in stages.values()):
         did = f"nothing to compute, all {len(stages)} stages cached"
     else:
@@ -124,11 +124,14 @@ def _headline(stages: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         return did
     if any(result["row"] for result in results.values()):
         return f"{len(results)} networks evaluated; {did}"
-    dense = min(results.values(), key=lambda r: r["sparsity"])
-    sparse = max(results.values(), key=lambda r: r["sparsity"])
-    metric = next((m for m in ("accuracy", "mse") if m in sparse), "loss")
-    change = sparse[metric] - dense[metric]
-    return f"{100 * sparse['sparsity']:.3g} % sparse at {metric} {sparse[metric]:.4g} ({change:+.3g}); {did}"
+    dense = max(results.values(), key=lambda r: r["nonzero"])
+    small = min(reversed(results.values()), key=lambda r: (r["params"], r["nonzero"]))
+    metric = next((m for m in ("accuracy", "mse") if m in small), "loss")
+    change = small[metric] - dense[metric]
+    size = f"{100 * small['sparsity']:.3g} % sparse"
+    if small["params"] < dense["params"]:
+        size = f"{dense['params'] / small['params']:.3g} times smaller" + (f", {size}" if small["sparsity"] else "")
+    return f"{size} at {metric} {small[metric]:.4g} ({change:+.3g}); {did}"
 
 
 def _devices(stages: Mapping[str, Any]) -> list[str]:
