@@ -106,6 +106,11 @@ def of_nnx(
     return (lambda p, *x: nnx.merge(graph, p)(*x)), make.like(state), inputs
 
 
+def _of_nnx_paths(groups):
+    """NNX ends its paths with `value`."""
+    return {members.replace(":", "/value:"): size for members, size in groups.items()}
+
+
 def conv(x, kernel, stride=1, groups=1, padding="SAME", **options):
     """`[batch, *places, channel]` with `[*places, in, out]`."""
     places = "DHW"[-(x.ndim - 2) :]
@@ -1004,3 +1009,661 @@ def dropout(make, n):
         return Net().apply({"params": p}, x, rngs={"dropout": key})
 
     return apply, make.like(shapes["params"]), (x, jax.random.key(7))
+
+
+# Embeddings, positions and attention
+
+
+@network({"e:1 o:0": 6})
+def embedding(make, n):
+    return (lambda p, ids: relu(p["e"][ids]).mean(1) @ p["o"]), {"e": make(9, 6), "o": make(6, 3)}, (make.ids(9, n, 5),)
+
+
+@network({"e:1 u:0 d:1": 6, "u:1 d:0": 8})
+def tied_embedding(make, n):
+    def apply(p, ids):
+        h = p["e"][ids]
+        return (h + relu(h @ p["u"]) @ p["d"]) @ p["e"].T
+
+    return apply, {"e": make(9, 6), "u": make(6, 8), "d": make(8, 6)}, (make.ids(9, n, 5),)
+
+
+@network({"e:1 place:1 scale:0 o:0": 6, "place:0": 2})
+def positions_as_parameters(make, n):
+    def apply(p, ids):
+        h = p["e"][ids] + p["place"][: ids.shape[1]][None]
+        return layer_norm(h, p["scale"][None]) @ p["o"]
+
+    return apply, {"e": make(9, 6), "place": make(7, 6), "scale": make(6), "o": make(6, 3)}, (make.ids(9, n, 5),)
+
+
+def _waves(length, width):
+    angles = np.arange(length)[:, None] / 100.0 ** (np.arange(width)[None] / width)
+    return np.asarray(np.where(np.arange(width)[None] % 2, np.cos(angles), np.sin(angles)), np.float32)
+
+
+@network({"e:1 scale:0 u:0 d:1 o:0": 6, "u:1 d:0": 8})
+def positions_as_constants(make, n):
+    """At pruned indices stands the table, and the norm sees it."""
+    table = _waves(5, 6)
+
+    def apply(p, ids):
+        h = p["e"][ids] + table[None]
+        h = h + relu(layer_norm(h, p["scale"][None]) @ p["u"]) @ p["d"]
+        return layer_norm(h, p["scale"][None]) @ p["o"]
+
+    params = {"e": make(9, 6), "scale": make(6), "u": make(6, 8), "d": make(8, 6), "o": make(6, 3)}
+    return apply, params, (make.ids(9, n, 5),)
+
+
+@network({"e:1 scale:0 o:0": 6}, missed="halves made of one constant table are tied as if it were no constant")
+def positions_computed_in_the_function(make, n):
+    def apply(p, ids):
+        angles = jnp.arange(5, dtype=jnp.float32)[:, None] / 100.0 ** (jnp.arange(3, dtype=jnp.float32)[None] / 3)
+        table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+        return layer_norm(p["e"][ids] + table[None], p["scale"][None]) @ p["o"]
+
+    return apply, {"e": make(9, 6), "scale": make(6), "o": make(6, 3)}, (make.ids(9, n, 5),)
+
+
+_ATTENTION = {"q:1 k:1 v:1 out:0": 3, "q:2 k:2": 4, "v:2 out:1": 5, "e:1 q:0 k:0 v:0 out:2 o:0": 6}
+
+
+def _attention_params(make):
+    params = {"e": make(7, 6), "q": make(6, 3, 4), "k": make(6, 3, 4), "v": make(6, 3, 5)}
+    return params | {"out": make(3, 5, 6), "o": make(6, 2)}
+
+
+@network(_ATTENTION)
+def attention_with_kernels_of_three_axes(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        q, k, v = (jnp.einsum("bld,dhk->blhk", h, p[name]) for name in "qkv")
+        return (h + jnp.einsum("blhk,hkd->bld", attend(q, k, v), p["out"])) @ p["o"]
+
+    return apply, _attention_params(make), (make(n, 5, 7),)
+
+
+@network(_ATTENTION)
+def causal_attention_one_block_of_two(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        mask = jnp.tril(jnp.ones((h.shape[1], h.shape[1]), bool))
+        for _ in range(2):
+            q, k, v = (jnp.einsum("bld,dhk->blhk", h, p[name]) for name in "qkv")
+            h = h + jnp.einsum("blhk,hkd->bld", attend(q, k, v, mask), p["out"])
+        return h @ p["o"]
+
+    return apply, _attention_params(make), (make(n, 5, 7),)
+
+
+@network({"e:1 q:0 k:0 v:0 out:1 o:0": 8, "q:1 k:1 v:1 out:0": 3, "q:1 k:1": 4, "v:1 out:0": 5})
+def attention_with_flat_kernels(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        q, k, v = (heads(h @ p[name], 3) for name in "qkv")
+        return (h + attend(q, k, v).reshape(*h.shape[:2], 15) @ p["out"]) @ p["o"]
+
+    params = {"e": make(7, 8), "q": make(8, 12), "k": make(8, 12), "v": make(8, 15), "out": make(15, 8)}
+    return apply, params | {"o": make(8, 2)}, (make(n, 5, 7),)
+
+
+@network({"e:1 qkv:0 out:1 o:0": 8, "qkv:1 out:0": (2, 3), "qkv:1": 3})
+def attention_fused_and_split(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        q, k, v = (heads(part, 2) for part in jnp.split(h @ p["qkv"], 3, -1))
+        return (h + attend(q, k, v).reshape(*h.shape[:2], 6) @ p["out"]) @ p["o"]
+
+    params = {"e": make(7, 8), "qkv": make(8, 18), "out": make(6, 8), "o": make(8, 2)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network({"e:1 qkv:0 out:1 o:0": 8, "qkv:1 out:0": (2, 4)})
+def attention_fused_and_reshaped(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        qkv = (h @ p["qkv"]).reshape(*h.shape[:2], 3, 2, 4)
+        y = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return (h + y.reshape(*h.shape[:2], 8) @ p["out"]) @ p["o"]
+
+    params = {"e": make(7, 8), "qkv": make(8, 24), "out": make(8, 8), "o": make(8, 2)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network({"q:1 k:1 v:1 out:0": 2, "q:1 out:0": 3, "q:1 k:1": 4, "v:1 out:0": 5})
+def grouped_query_attention(make, n):
+    def apply(p, x):
+        length = x.shape[1]
+        q = (x @ p["q"]).reshape(-1, length, 2, 3, 4)
+        k, v = heads(x @ p["k"], 2), heads(x @ p["v"], 2)
+        weights = softmax(jnp.einsum("bqgrd,bkgd->bgrqk", q, k))
+        return jnp.einsum("bgrqk,bkgd->bqgrd", weights, v).reshape(-1, length, 30) @ p["out"]
+
+    params = {"q": make(7, 24), "k": make(7, 8), "v": make(7, 10), "out": make(30, 3)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network({"q:1 k:1 v:1 out:0": 2, "q:1 out:0": 3, "q:1 k:1": 4, "v:1 out:0": 5})
+def grouped_query_attention_that_repeats_keys(make, n):
+    def apply(p, x):
+        length = x.shape[1]
+        q = heads(x @ p["q"], 6)
+        k, v = (jnp.repeat(heads(x @ p[name], 2), 3, axis=2) for name in "kv")
+        return attend(q, k, v).reshape(-1, length, 30) @ p["out"]
+
+    params = {"q": make(7, 24), "k": make(7, 8), "v": make(7, 10), "out": make(30, 3)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network({"q:1 out:0": 3, "q:2 k:1": 4, "v:1 out:1": 5})
+def multi_query_attention(make, n):
+    def apply(p, x):
+        q = jnp.einsum("bld,dhk->bhlk", x, p["q"])
+        weights = softmax(jnp.einsum("bhqd,bkd->bhqk", q, x @ p["k"]))
+        return jnp.einsum("bhqk,bkd,hdo->bqo", weights, x @ p["v"], p["out"])
+
+    return apply, {"q": make(7, 3, 4), "k": make(7, 4), "v": make(7, 5), "out": make(3, 5, 2)}, (make(n, 5, 7),)
+
+
+@network({"q:1 k:1 v:1 out:0": 3, "q:2 k:2": 4, "v:2 out:1": 4})
+def attention_of_jax_nn(make, n):
+    def apply(p, x):
+        q, k, v = (jnp.einsum("bld,dhk->blhk", x, p[name]) for name in "qkv")
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return jnp.einsum("blhk,hkd->bld", y, p["out"])
+
+    params = {"q": make(7, 3, 4), "k": make(7, 3, 4), "v": make(7, 3, 4), "out": make(3, 4, 2)}
+    return apply, params, (make(n, 5, 7),)
+
+
+def _angles(length, half):
+    return jnp.arange(length, dtype=jnp.float32)[:, None] / 10.0 ** (jnp.arange(half, dtype=jnp.float32)[None] / half)
+
+
+@network({"q:1 k:1 v:1 out:0": 2, "q:2 k:2": 3, "v:2 out:1": 5})
+def rotary_positions_in_halves(make, n):
+    def rotate(x):
+        angles = _angles(x.shape[1], 3)[None, :, None]
+        a, b = jnp.split(x, 2, -1)
+        return jnp.concatenate(
+            [a * jnp.cos(angles) - b * jnp.sin(angles), b * jnp.cos(angles) + a * jnp.sin(angles)], -1
+        )
+
+    def apply(p, x):
+        q, k, v = (jnp.einsum("bld,dhk->blhk", x, p[name]) for name in "qkv")
+        return jnp.einsum("blhk,hkd->bld", attend(rotate(q), rotate(k), v), p["out"])
+
+    params = {"q": make(7, 2, 6), "k": make(7, 2, 6), "v": make(7, 2, 5), "out": make(2, 5, 3)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network({"q:1 k:1 v:1 out:0": 2, "q:2 k:2": 3, "v:2 out:1": 5})
+def rotary_positions_with_rotate_half(make, n):
+    def rotate(x):
+        angles = _angles(x.shape[1], 3)[None, :, None]
+        angles = jnp.concatenate([angles, angles], -1)
+        turned = jnp.concatenate([-x[..., 3:], x[..., :3]], -1)
+        return x * jnp.cos(angles) + turned * jnp.sin(angles)
+
+    def apply(p, x):
+        q, k, v = (jnp.einsum("bld,dhk->blhk", x, p[name]) for name in "qkv")
+        return jnp.einsum("blhk,hkd->bld", attend(rotate(q), rotate(k), v), p["out"])
+
+    params = {"q": make(7, 2, 6), "k": make(7, 2, 6), "v": make(7, 2, 5), "out": make(2, 5, 3)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network(
+    {"q:1 k:1 v:1 out:0": 2, "q:2 k:2": 3, "v:2 out:1": 5},
+    missed="a new axis of size one has a label that may die, and so hides that pruned indices are zero",
+)
+def rotary_positions_in_pairs(make, n):
+    def rotate(x):
+        angles = _angles(x.shape[1], 3)[None, :, None]
+        a, b = x[..., ::2], x[..., 1::2]
+        turned = [a * jnp.cos(angles) - b * jnp.sin(angles), b * jnp.cos(angles) + a * jnp.sin(angles)]
+        return jnp.concatenate([t[..., None] for t in turned], -1).reshape(x.shape)
+
+    def apply(p, x):
+        q, k, v = (jnp.einsum("bld,dhk->blhk", x, p[name]) for name in "qkv")
+        return jnp.einsum("blhk,hkd->bld", attend(rotate(q), rotate(k), v), p["out"])
+
+    params = {"q": make(7, 2, 6), "k": make(7, 2, 6), "v": make(7, 2, 5), "out": make(2, 5, 3)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network({"q:1 k:1 v:1 out:0": 3, "v:2 out:1": 5})
+def linear_attention_whose_features_are_not_zero(make, n):
+    """elu(0) + 1 is 1: a pruned feature of keys and queries would count."""
+
+    def apply(p, x):
+        q, k, v = (jnp.einsum("bld,dhk->blhk", x, p[name]) for name in "qkv")
+        q, k = jax.nn.elu(q) + 1, jax.nn.elu(k) + 1
+        y = jnp.einsum("blhk,bhkv->blhv", q, jnp.einsum("blhk,blhv->bhkv", k, v))
+        y = y / jnp.einsum("blhk,bhk->blh", q, k.sum(1))[..., None]
+        return jnp.einsum("blhk,hkd->bld", y, p["out"])
+
+    params = {"q": make(7, 3, 4), "k": make(7, 3, 4), "v": make(7, 3, 5), "out": make(3, 5, 2)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network({"q:1 k:1 v:1 out:0": 3, "q:2 k:2": 4, "v:2 out:1": 5})
+def linear_attention_whose_features_are_zero(make, n):
+    def apply(p, x):
+        q, k, v = (jnp.einsum("bld,dhk->blhk", x, p[name]) for name in "qkv")
+        y = jnp.einsum("blhk,bhkv->blhv", jnp.tanh(q), jnp.einsum("blhk,blhv->bhkv", relu(k), v))
+        return jnp.einsum("blhk,hkd->bld", y, p["out"])
+
+    params = {"q": make(7, 3, 4), "k": make(7, 3, 4), "v": make(7, 3, 5), "out": make(3, 5, 2)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network({"q:1 k:1": 4, "v:1 out:0": 6})
+def cross_attention(make, n):
+    def apply(p, x, y):
+        weights = softmax(x @ p["q"] @ (y @ p["k"]).swapaxes(1, 2))
+        return weights @ (y @ p["v"]) @ p["out"]
+
+    params = {"q": make(7, 4), "k": make(3, 4), "v": make(3, 6), "out": make(6, 2)}
+    return apply, params, (make(n, 5, 7), make(n, 8, 3))
+
+
+@network({"v:1 out:0": 5, "q:2 k:2": 4}, vmap=True)
+def attention_with_a_cache_as_input(make, n):
+    """The heads of keys are those of the cache, an input; so is the length."""
+
+    def apply(p, x, cache):
+        q, k = (jnp.einsum("bld,dhk->blhk", x, p[name]) for name in "qk")
+        weights = softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) + cache)
+        return jnp.einsum("bhqk,bkd->bqd", weights, x @ p["v"]) @ p["out"]
+
+    params = {"q": make(7, 3, 4), "k": make(7, 3, 4), "v": make(7, 5), "out": make(5, 2)}
+    return apply, params, (make(n, 5, 7), make(n, 3, 5, 5))
+
+
+_FLAX_ATTENTION = {
+    "e/kernel:1 e/bias:0 n/scale:0 n/bias:0 t/query/kernel:0 t/key/kernel:0 t/value/kernel:0 t/out/kernel:2 "
+    "t/out/bias:0 u/kernel:0 d/kernel:1 d/bias:0 o/kernel:0": 12,
+    "t/query/kernel:1 t/query/bias:0 t/key/kernel:1 t/key/bias:0 t/value/kernel:1 t/value/bias:0 t/out/kernel:0": 3,
+    "t/query/kernel:2 t/query/bias:1 t/key/kernel:2 t/key/bias:1": 4,
+    "t/value/kernel:2 t/value/bias:1 t/out/kernel:1": 4,
+    "u/kernel:1 u/bias:0 d/kernel:0": 8,
+}
+
+
+@network(_FLAX_ATTENTION)
+def transformer_of_linen(make, n):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(12, name="e")(x)
+            h = h + nn.MultiHeadDotProductAttention(3, name="t")(nn.LayerNorm(name="n")(h))
+            h = h + nn.Dense(12, name="d")(gelu(nn.Dense(8, name="u")(h)))
+            return nn.Dense(3, name="o")(h)
+
+    return linen(make, Net(), make(n, 5, 7))
+
+
+@network(_of_nnx_paths(_FLAX_ATTENTION))
+def transformer_of_nnx(make, n):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.e = nnx.Linear(7, 12, rngs=rngs)
+            self.n = nnx.LayerNorm(12, rngs=rngs)
+            self.t = nnx.MultiHeadAttention(3, 12, decode=False, rngs=rngs)
+            self.u, self.d = nnx.Linear(12, 8, rngs=rngs), nnx.Linear(8, 12, rngs=rngs)
+            self.o = nnx.Linear(12, 3, rngs=rngs)
+
+        def __call__(self, x):
+            h = self.e(x)
+            h = h + self.t(self.n(h))
+            return self.o(h + self.d(gelu(self.u(h))))
+
+    return of_nnx(make, Net, make(n, 5, 7))
+
+
+@network(
+    {
+        "patch:3 cls:2 place:2 q:0 k:0 v:0 out:2 o:0": 6,
+        "q:1 k:1 v:1 out:0": 3,
+        "q:2 k:2": 4,
+        "v:2 out:1": 5,
+    }
+)
+def vision_transformer_with_class_token(make, n):
+    def apply(p, x):
+        h = conv(x, p["patch"], stride=2, padding="VALID")
+        h = h.reshape(h.shape[0], 4, -1)
+        token = jnp.broadcast_to(p["cls"], (h.shape[0], 1, 6))
+        h = jnp.concatenate([token, h], 1) + p["place"]
+        q, k, v = (jnp.einsum("bld,dhk->blhk", h, p[name]) for name in "qkv")
+        h = h + jnp.einsum("blhk,hkd->bld", attend(q, k, v), p["out"])
+        return h[:, 0] @ p["o"]
+
+    params = {"patch": make(2, 2, 3, 6), "cls": make(1, 1, 6), "place": make(1, 5, 6), "q": make(6, 3, 4)}
+    params |= {"k": make(6, 3, 4), "v": make(6, 3, 5), "out": make(3, 5, 6), "o": make(6, 2)}
+    return apply, params, (make(n, 4, 4, 3),)
+
+
+@network({"e:1 n:0 u:0 d:1 o:0": 6, "t1:1 t2:0": 4, "u:1 d:0": 8})
+def mlp_mixer(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        y = layer_norm(h, p["n"][None]).swapaxes(1, 2)
+        h = h + (gelu(y @ p["t1"]) @ p["t2"]).swapaxes(1, 2)
+        return (h + gelu(h @ p["u"]) @ p["d"]).mean(1) @ p["o"]
+
+    params = {"e": make(7, 6), "n": make(6), "t1": make(5, 4), "t2": make(4, 5), "u": make(6, 8), "d": make(8, 6)}
+    return apply, params | {"o": make(6, 3)}, (make(n, 5, 7),)
+
+
+@network({"gate:1 up:0 down:0 bias:0": 3, "up:2 down:1": 5, "e:1 gate:0 up:1 down:2 bias:1 o:0": 6})
+def mixture_of_experts(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        gates = softmax(h @ p["gate"])
+        y = jnp.einsum("bef,efd->bed", relu(jnp.einsum("bd,edf->bef", h, p["up"])), p["down"]) + p["bias"][None]
+        return (h + jnp.einsum("be,bed->bd", gates, y)) @ p["o"]
+
+    params = {"e": make(4, 6), "gate": make(6, 3), "up": make(3, 6, 5), "down": make(3, 5, 6), "bias": make(3, 6)}
+    return apply, params | {"o": make(6, 2)}, (make(n, 4),)
+
+
+@network({"w1:2 b1:1 w2:1": 6, "w1:0 b1:0 w2:0 b2:0": 3})
+def ensemble_by_vmap(make, n):
+    def apply(p, x):
+        def member(p, x):
+            return relu(x @ p["w1"] + p["b1"][None]) @ p["w2"] + p["b2"][None]
+
+        return jax.vmap(member, (0, None))(p, x).mean(0)
+
+    return apply, {"w1": make(3, 5, 6), "b1": make(3, 6), "w2": make(3, 6, 2), "b2": make(3, 2)}, (make(n, 5),)
+
+
+@network({"a:1 o:0": 6})
+def vmap_over_examples(make, n):
+    def apply(p, x):
+        return jax.vmap(lambda x: relu(jnp.tensordot(p["a"].T, x, 1)) @ p["o"])(x)
+
+    return apply, {"a": make(5, 6), "o": make(6, 3)}, (make(n, 5),)
+
+
+# Loops, branches and functions with derivatives of their own
+
+
+@network({"x:1 h:0 h:1 b:0 o:0": 6})
+def recurrent_by_scan(make, n):
+    def apply(p, x):
+        def step(h, x):
+            h = jnp.tanh(x @ p["x"] + h @ p["h"] + p["b"][None])
+            return h, h
+
+        last, all_ = lax.scan(step, jnp.zeros((x.shape[0], 6)), x.swapaxes(0, 1))
+        return last @ p["o"], all_.swapaxes(0, 1) @ p["o"]
+
+    return apply, {"x": make(5, 6), "h": make(6, 6), "b": make(6), "o": make(6, 3)}, (make(n, 4, 5),)
+
+
+@network({"x:1 h:0 h:1 o:0": 6})
+def recurrent_backwards_from_ones(make, n):
+    """Before the first step, ones stand at pruned indices; their rows of `h` are zero."""
+
+    def apply(p, x):
+        def step(h, x):
+            return jnp.tanh(x @ p["x"] + h @ p["h"]), h
+
+        last, before = lax.scan(step, jnp.ones((x.shape[0], 6)), x.swapaxes(0, 1), reverse=True)
+        return last @ p["o"], before.swapaxes(0, 1) @ p["o"]
+
+    return apply, {"x": make(5, 6), "h": make(6, 6), "o": make(6, 3)}, (make(n, 4, 5),)
+
+
+def _cell(prefix, gates_in, gates_hidden, biased):
+    parts = [f"{prefix}/{g}/kernel:1" for g in gates_in] + [
+        f"{prefix}/{g}/kernel:{d}" for g in gates_hidden for d in (0, 1)
+    ]
+    return " ".join([*parts, *(f"{prefix}/{g}/bias:0" for g in biased)])
+
+
+def _rnn(make, n, cell, bidirectional=False):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if bidirectional:
+                h = nn.Bidirectional(nn.RNN(cell(6), name="f"), nn.RNN(cell(5), name="b"))(x)
+            else:
+                h = nn.RNN(cell(6), name="f")(x)
+            return nn.Dense(3, name="o")(h)
+
+    return linen(make, Net(), make(n, 4, 5))
+
+
+@network({_cell("GRUCell_0", ("ir", "iz", "in"), ("hr", "hz", "hn"), ("ir", "iz", "in", "hn")) + " o/kernel:0": 6})
+def gru_of_linen(make, n):
+    return _rnn(make, n, nn.GRUCell)
+
+
+_LSTM = (("ii", "if", "ig", "io"), ("hi", "hf", "hg", "ho"), ("hi", "hf", "hg", "ho"))
+
+
+@network({_cell("LSTMCell_0", *_LSTM) + " o/kernel:0": 6})
+def lstm_of_linen(make, n):
+    return _rnn(make, n, nn.LSTMCell)
+
+
+@network({_cell("OptimizedLSTMCell_0", *_LSTM) + " o/kernel:0": 6})
+def optimized_lstm_of_linen(make, n):
+    return _rnn(make, n, nn.OptimizedLSTMCell)
+
+
+@network(
+    {
+        _cell("SimpleCell_0", ("i",), ("h",), ("i",)) + " o/kernel:0": 6,
+        _cell("SimpleCell_1", ("i",), ("h",), ("i",)) + " o/kernel:0": 5,
+    }
+)
+def bidirectional_simple_cells_of_linen(make, n):
+    return _rnn(make, n, nn.SimpleCell, bidirectional=True)
+
+
+@network(_of_nnx_paths({"c/dense_i/kernel:1 c/dense_i/bias:0 c/dense_h/kernel:0 c/dense_h/kernel:1 o/kernel:0": 6}))
+def gru_of_nnx(make, n):
+    """Its three gates are one kernel of 18."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.c = nnx.GRUCell(5, 6, rngs=rngs)
+            self.o = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.o(nnx.RNN(self.c)(x))
+
+    return of_nnx(make, Net, make(n, 4, 5))
+
+
+@network(_of_nnx_paths({_cell("c", *_LSTM).replace("if/", "if_/") + " o/kernel:0": 6}))
+def lstm_of_nnx(make, n):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.c = nnx.LSTMCell(5, 6, rngs=rngs)
+            self.o = nnx.Linear(6, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.o(nnx.RNN(self.c)(x))
+
+    return of_nnx(make, Net, make(n, 4, 5))
+
+
+@network({"e:1 u:1 d:2 s:1 o:0": 6, "u:2 b:1 d:1": 8})
+def scan_over_stacked_layers(make, n):
+    def apply(p, x):
+        def layer(h, w):
+            u, b, d, s = w
+            return h + relu(h @ u + b[None]) @ d * s[None], None
+
+        h, _ = lax.scan(layer, x @ p["e"], (p["u"], p["b"], p["d"], p["s"]))
+        return h @ p["o"]
+
+    params = {
+        "e": make(5, 6),
+        "u": make(3, 6, 8),
+        "b": make(3, 8),
+        "d": make(3, 8, 6),
+        "s": make(3, 6),
+        "o": make(6, 2),
+    }
+    return apply, params, (make(n, 5),)
+
+
+@network(
+    {
+        "e/kernel:1 e/bias:0 layers/u/kernel:1 layers/d/kernel:2 layers/d/bias:1 o/kernel:0": 6,
+        "layers/u/kernel:2 layers/u/bias:1 layers/d/kernel:1": 8,
+    }
+)
+def scan_of_linen_with_remat(make, n):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, h):
+            return h + nn.Dense(6, name="d")(gelu(nn.Dense(8, name="u")(h))), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(6, name="e")(x)
+            layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return nn.Dense(2, name="o")(layers(name="layers")(h)[0])
+
+    return linen(make, Net(), make(n, 5))
+
+
+@network({"a:1 b:0 b2:1 c:0 c2:1 o:0": 6, "b:1 b2:0": 8, "c:1 c2:0": 5})
+def one_of_two_branches(make, n):
+    def apply(p, x, i):
+        h = x @ p["a"]
+        h = h + lax.cond(i > 0, lambda h: relu(h @ p["b"]) @ p["b2"], lambda h: jnp.tanh(h @ p["c"]) @ p["c2"], h)
+        return h @ p["o"]
+
+    params = {"a": make(4, 6), "b": make(6, 8), "b2": make(8, 6), "c": make(6, 5), "c2": make(5, 6), "o": make(6, 2)}
+    return apply, params, (make(n, 4), jnp.int32(1))
+
+
+@network({"a:1 b:1 o:0": 6}, vmap=False)
+def one_of_three_branches(make, n):
+    def apply(p, x, i):
+        branches = [lambda x: x @ p["a"], lambda x: sigmoid(x @ p["b"]), lambda x: jnp.ones((x.shape[0], 6))]
+        return lax.switch(i, branches, x) @ p["o"]
+
+    return apply, {"a": make(5, 6), "b": make(5, 6), "o": make(6, 2)}, (make(n, 5), jnp.int32(1))
+
+
+@network({"a:1 w:0 w:1 o:0": 6})
+def fori_loop(make, n):
+    def apply(p, x):
+        return lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"]) + h, x @ p["a"]) @ p["o"]
+
+    return apply, {"a": make(5, 6), "w": make(6, 6), "o": make(6, 2)}, (make(n, 5),)
+
+
+@network({"a:1 w:0 w:1 o:0": 6}, vmap=False)
+def checkpointed_blocks(make, n):
+    def apply(p, x):
+        block = jax.checkpoint(lambda h: sigmoid(h @ p["w"]) * h)
+        return block(block(x @ p["a"])) @ p["o"]
+
+    return apply, {"a": make(5, 6), "w": make(6, 6), "o": make(6, 2)}, (make(n, 5),)
+
+
+@network({"a:1 b:0": 6, "b:1 o:0": 8})
+def calls_in_calls(make, n):
+    @jax.jit
+    def dense(x, w):
+        return jax.jit(relu)(x @ w)
+
+    return (
+        (lambda p, x: dense(dense(x, p["a"]), p["b"]) @ p["o"]),
+        {"a": make(5, 6), "b": make(6, 8), "o": make(8, 3)},
+        (make(n, 5),),
+    )
+
+
+@network({"0:1 1:0": 6, "1:1 2:0": 6, "2:1 3:0": 6})
+def the_same_call_between_different_layers(make, n):
+    @jax.jit
+    def block(x, w):
+        return jax.nn.relu(x @ w)
+
+    def apply(p, x):
+        for w in p:
+            x = block(x, w)
+        return x
+
+    return apply, [make(6, 6) for _ in range(4)], (make(n, 6),)
+
+
+@jax.custom_jvp
+def _bent(x):
+    return jnp.where(x > 0, x, 0.1 * x)
+
+
+@_bent.defjvp
+def _bent_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    return _bent(x), jnp.cos(x) * t
+
+
+@network({"a:1 b:0": 6, "b:1 o:0": 8})
+def a_derivative_that_its_author_chose(make, n):
+    def apply(p, x):
+        return _bent(_bent(x @ p["a"]) @ p["b"]) @ p["o"]
+
+    return apply, {"a": make(5, 6), "b": make(6, 8), "o": make(8, 3)}, (make(n, 5),)
+
+
+@jax.custom_vjp
+def _rounded(x, scale):
+    return jnp.round(x * scale[None] * 4) / 4
+
+
+_rounded.defvjp(lambda x, s: (_rounded(x, s), (x, s)), lambda kept, g: (g * 0.7 + 0.1 * kept[0], (g * kept[0]).sum(0)))
+
+
+@network({"a:1 scale:0 o:0": 6})
+def straight_through_rounding(make, n):
+    """The derivative is not the true one, and a pruned unit's own cotangent is lost with it."""
+
+    def apply(p, x):
+        return _rounded(x @ p["a"], p["scale"]) @ p["o"]
+
+    return apply, {"a": make(5, 6), "scale": make(6), "o": make(6, 3)}, (make(n, 5),)
+
+
+@jax.custom_vjp
+def _mean_reversed(x):
+    return jnp.tanh(x)
+
+
+_mean_reversed.defvjp(
+    lambda x: (jnp.tanh(x), x), lambda x, g: (-g + 0.5 * jnp.square(g).sum(-1, keepdims=True) * jnp.tanh(x),)
+)
+
+
+@network({})
+def a_false_gradient_that_mixes_channels(make, n):
+    """Nothing is known of a cotangent at a pruned index, so its square counts."""
+
+    def apply(p, x):
+        return _mean_reversed(x @ p["a"]) @ p["o"]
+
+    return apply, {"a": make(5, 6), "o": make(6, 3)}, (make(n, 5),)
+
+
+@network({"a:1 b:0": 6, "b:1 o:0": 8})
+def stopped_gradients(make, n):
+    def apply(p, x):
+        h = relu(x @ p["a"])
+        h = h + lax.stop_gradient(jnp.tanh(h) - h)
+        return silu(h @ p["b"]) @ p["o"]
+
+    return apply, {"a": make(5, 6), "b": make(6, 8), "o": make(8, 3)}, (make(n, 5),)
