@@ -34,7 +34,7 @@ class Network:
         groups: members -> size, or sizes in rising order.
         batch: the batch size it is traced with.
         other: another one; None where it has none.
-        vmap: whether its inputs may get one more axis.
+        mirrors: whether outputs are new values of parameters, and shrink as these do.
         tolerance: of outputs, relative to the largest.
         missed: why its groups are others than those, if they are.
         wrong: why its results differ, if they do.
@@ -45,7 +45,7 @@ class Network:
     groups: Mapping[str, int | tuple[int, ...]]
     batch: int = 4
     other: int | None = 7
-    vmap: bool = True
+    mirrors: bool = False
     tolerance: float = 1e-5
     missed: str | None = None
     wrong: str | None = None
@@ -748,7 +748,7 @@ def batch_norm_as_it_infers(make, n):
     return net.apply, make.like(jax.eval_shape(net.init, jax.random.key(0), x)), (x,)
 
 
-@network(_BATCH_NORM_GROUPS, tolerance=3e-5)
+@network(_BATCH_NORM_GROUPS, tolerance=3e-5, mirrors=True)
 def batch_norm_as_it_trains(make, n):
     net, x = _resnet_with_batch_norm(train=True), make(n, 4, 4, 2)
     variables = make.like(jax.eval_shape(net.init, jax.random.key(0), x))
@@ -785,7 +785,7 @@ def group_norm_of_linen(make, n):
     return linen(make, _Normed(nn.GroupNorm(num_groups=3)), make(n, 4, 5))
 
 
-@network({"a/kernel:1 a/bias:0 norm/scale:0 norm/bias:0 o/kernel:0": 6})
+@network({"a/kernel:1 a/bias:0 norm/scale:0 norm/bias:0 o/kernel:0": 6}, tolerance=3e-5)
 def instance_norm_of_linen(make, n):
     return linen(make, _Normed(nn.InstanceNorm(), 6), make(n, 4, 5))
 
@@ -1269,7 +1269,7 @@ def cross_attention(make, n):
     return apply, params, (make(n, 5, 7), make(n, 8, 3))
 
 
-@network({"v:1 out:0": 5, "q:2 k:2": 4}, vmap=True)
+@network({"v:1 out:0": 5, "q:2 k:2": 4})
 def attention_with_a_cache_as_input(make, n):
     """The heads of keys are those of the cache, an input; so is the length."""
 
@@ -1549,7 +1549,7 @@ def one_of_two_branches(make, n):
     return apply, params, (make(n, 4), jnp.int32(1))
 
 
-@network({"a:1 b:1 o:0": 6}, vmap=False)
+@network({"a:1 b:1 o:0": 6})
 def one_of_three_branches(make, n):
     def apply(p, x, i):
         branches = [lambda x: x @ p["a"], lambda x: sigmoid(x @ p["b"]), lambda x: jnp.ones((x.shape[0], 6))]
@@ -1566,7 +1566,7 @@ def fori_loop(make, n):
     return apply, {"a": make(5, 6), "w": make(6, 6), "o": make(6, 2)}, (make(n, 5),)
 
 
-@network({"a:1 w:0 w:1 o:0": 6}, vmap=False)
+@network({"a:1 w:0 w:1 o:0": 6})
 def checkpointed_blocks(make, n):
     def apply(p, x):
         block = jax.checkpoint(lambda h: sigmoid(h @ p["w"]) * h)
@@ -1667,3 +1667,180 @@ def stopped_gradients(make, n):
         return silu(h @ p["b"]) @ p["o"]
 
     return apply, {"a": make(5, 6), "b": make(6, 8), "o": make(8, 3)}, (make(n, 5),)
+
+
+# Traps
+
+
+@network(
+    {"0:1 1:0": 6},
+    batch=6,
+    missed="an output is taken for a parameter's new value: path and shape agree by chance",
+    wrong="an output is taken for a parameter's new value: path and shape agree by chance",
+)
+def an_output_shaped_like_a_parameter(make, n):
+    """Path `0`, shape `[6, 6]`: both the first output and the first parameter."""
+
+    def apply(p, x):
+        return jnp.tanh(x @ p[0]) @ p[1], x.sum()
+
+    return apply, [make(6, 6), make(6, 6)], (make(n, 6),)
+
+
+@network(
+    {},
+    batch=6,
+    missed="an output is taken for a parameter's new value: path and shape agree by chance",
+    wrong="an output is taken for a parameter's new value: path and shape agree by chance",
+)
+def the_only_array_is_shaped_like_the_only_output(make, n):
+    return (lambda w, x: x @ w), make(6, 6), (make(n, 6),)
+
+
+@network({"a:1 b:0 c:0": 6, "b:1": 3}, mirrors=True, tolerance=3e-5)
+def a_step_of_gradient_descent(make, n):
+    def apply(p, x):
+        slopes = jax.grad(lambda p: jnp.square(sigmoid(x @ p["a"] + p["c"][None]) @ p["b"]).sum())(p)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, p, slopes)
+
+    return apply, {"a": make(5, 6), "b": make(6, 3), "c": make(6)}, (make(n, 5),)
+
+
+@network({"a:3 b:0": 6, "b:1": 3})
+def a_gradient_by_the_input(make, n):
+    def apply(p, x):
+        def total(x):
+            h = nn.max_pool(relu(conv(x, p["a"])), (2, 2), (2, 2)).mean((1, 2))
+            return (jnp.tanh(h) @ p["b"]).sum()
+
+        return jax.grad(total)(x)
+
+    return apply, {"a": make(3, 3, 2, 6), "b": make(6, 3)}, (make(n, 4, 4, 2),)
+
+
+@network({"a:1 o:0": 6}, missed="of two axes that max goes over, the first is made up for, although it is an input's")
+def weights_divided_by_their_largest(make, n):
+    return (
+        (lambda p, x: x @ (p["a"] / jnp.abs(p["a"]).max()) @ p["o"]),
+        {"a": make(5, 6), "o": make(6, 2)},
+        (make(n, 5),),
+    )
+
+
+@network({"a:3 k:3 o:0": 6}, missed="a channel of a depthwise convolution adds to no other, so it need not be zero")
+def depthwise_convolution_after_sigmoid(make, n):
+    def apply(p, x):
+        return sigmoid(conv(sigmoid(conv(x, p["a"])), p["k"], groups=6)).mean((1, 2)) @ p["o"]
+
+    return apply, {"a": make(1, 1, 2, 6), "k": make(3, 3, 1, 6), "o": make(6, 5)}, (make(n, 5, 5, 2),)
+
+
+@network({"a:1": 6}, missed="what a custom_jvp makes of pruned indices counts as unknown")
+def softplus_is_summed(make, n):
+    return (lambda p, x: jax.nn.softplus(x @ p["a"]).sum(-1)), {"a": make(5, 6)}, (make(n, 5),)
+
+
+@network({"a:1 o:0": 4}, missed="the primitive 'unstack' has no rule")
+def unstacked(make, n):
+    def apply(p, x):
+        a, b, c = jnp.unstack((x @ p["a"]).reshape(-1, 3, 4), axis=1)
+        return (a * b + c) @ p["o"]
+
+    return apply, {"a": make(5, 12), "o": make(4, 2)}, (make(n, 5),)
+
+
+@network({"e:1 u:1 d:2 o:0": 6, "u:2 d:1": 8})
+def stacked_layers_read_one_by_one(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        for i in range(3):
+            h = h + relu(h @ p["u"][i]) @ p["d"][i]
+        return h @ p["o"]
+
+    return apply, {"e": make(5, 6), "u": make(3, 6, 8), "d": make(3, 8, 6), "o": make(6, 2)}, (make(n, 5),)
+
+
+@network({"a:1 c:1": 6, "c:0 o:0": 8})
+def distances_to_centres(make, n):
+    def apply(p, x):
+        h = x @ p["a"]
+        return jnp.exp(-jnp.square(h[:, None] - p["c"][None]).sum(-1)) @ p["o"]
+
+    return apply, {"a": make(5, 6), "c": make(8, 6), "o": make(8, 2)}, (make(n, 5),)
+
+
+@network({"a:1 b:1 o:0": 6})
+def associative_scan(make, n):
+    def apply(p, x):
+        gates, values = sigmoid(x @ p["a"]), x @ p["b"]
+        return lax.associative_scan(lambda l, r: (l[0] * r[0], r[0] * l[1] + r[1]), (gates, values), axis=1)[1] @ p["o"]
+
+    return apply, {"a": make(5, 6), "b": make(5, 6), "o": make(6, 2)}, (make(n, 4, 5),)
+
+
+@network({"a:3 k:3 o:0": 3, "a:3 k:2 k:3 o:0": 2})
+def residual_around_groups(make, n):
+    def apply(p, x):
+        h = relu(conv(x, p["a"]))
+        return (h + conv(h, p["k"], groups=3)).mean((1, 2)) @ p["o"]
+
+    return apply, {"a": make(1, 1, 2, 6), "k": make(3, 3, 2, 6), "o": make(6, 2)}, (make(n, 4, 4, 2),)
+
+
+@network({"a:1 o:0": 6, "o:0": 3})
+def ones_are_concatenated(make, n):
+    def apply(p, x):
+        h = jnp.concatenate([x @ p["a"], jnp.ones((x.shape[0], 3)), x], -1)
+        return h @ p["o"], jnp.exp(h).sum(-1)
+
+    return apply, {"a": make(5, 6), "o": make(14, 3)}, (make(n, 5),)
+
+
+@network({"a:1 o:0": (2, 4)})
+def padded_with_its_reflection(make, n):
+    """The two in the middle of each end come twice, with their images."""
+
+    def apply(p, x):
+        h = relu(x @ p["a"])
+        return jnp.exp(jnp.pad(h, ((0, 0), (2, 2)), mode="reflect")) @ p["o"], h.sum(-1)
+
+    return apply, {"a": make(5, 6), "o": make(10, 3)}, (make(n, 5),)
+
+
+@network({"a:1 w:0": 6, "w:1 o:0": 8})
+def kernel_through_softmax(make, n):
+    return (
+        (lambda p, x: relu(x @ p["a"]) @ softmax(p["w"], 0) @ p["o"]),
+        {"a": make(5, 6), "w": make(6, 8), "o": make(8, 2)},
+        (make(n, 5),),
+    )
+
+
+@network({"a:1 s:0 o:0": 6, "b:1 s:0 o:0": 4})
+def norm_over_a_concat_of_exponentials(make, n):
+    def apply(p, x):
+        return layer_norm(jnp.concatenate([x @ p["a"], jnp.exp(x @ p["b"])], -1), p["s"]) @ p["o"]
+
+    return apply, {"a": make(5, 6), "b": make(5, 4), "s": make(10), "o": make(10, 2)}, (make(n, 5),)
+
+
+@network({})
+def carry_that_grows_at_pruned_indices(make, n):
+    def apply(p, x):
+        def step(c, w):
+            return jnp.exp(c) * 0.1 + x @ w, c.sum(-1)
+
+        last, sums = lax.scan(step, jnp.zeros((x.shape[0], 6)), p["w"])
+        return last @ p["o"], sums
+
+    return apply, {"w": make(3, 5, 6), "o": make(6, 2)}, (make(n, 5),)
+
+
+@network({"a:1 o:0": 6})
+def noise_is_summed(make, n):
+    def apply(p, x, key):
+        h = x @ p["a"]
+        h = h + jax.random.normal(key, h.shape)
+        return (h - h.mean(-1, keepdims=True)) @ p["o"], h.max(-1)
+
+    return apply, {"a": make(5, 6), "o": make(6, 2)}, (make(n, 5), jax.random.key(2))
