@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from prune_jax.groups.values import COMPUTABLE, UNKNOWN, Axis, Dead, Unsettled, Value, same
-from prune_jax.groups.walk import Walk, bind, dtype_of, opaque, rule, shape_of
+from prune_jax.groups.walk import Walk, bind, dtype_of, match, opaque, rule, shape_of
 
 ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
@@ -75,9 +76,9 @@ def elementwise(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
             walk.dead(o, i, dtype_of(v)) if o.axes and o.axes[i].size == axes[i].size else o.array
             for o, v in zip(operands, eqn.invars, strict=True)
         ]
-        return bind(eqn, _match(parts, i))
+        return bind(eqn, match(parts, i))
 
-    return walk.outputs(
+    made = walk.outputs(
         eqn,
         [axes] * len(eqn.outvars),
         operands,
@@ -85,16 +86,8 @@ def elementwise(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
         part=None if eqn.primitive.multiple_results else part,
         const=const if not isinstance(const, Unsettled) else None,
     )
-
-
-def _match(arrays: Sequence[Any], axis: int) -> list[Any]:
-    """Repeats axes of size one, as primitives do not."""
-    size = max((a.shape[axis] for a in arrays if np.ndim(a)), default=1)
-
-    def repeat(a: Any) -> Any:
-        return jnp.broadcast_to(a, (*a.shape[:axis], size, *a.shape[axis + 1 :])) if np.ndim(a) else a
-
-    return [repeat(a) for a in arrays]
+    news = frozenset[int]().union(*(operand.news for operand in whole if operand.shape == made[0].shape))
+    return [replace(value, news=news) for value in made] if news else made
 
 
 def dead_value(eqn: JaxprEqn, deads: Sequence[Dead]) -> Dead:
@@ -108,7 +101,9 @@ def dead_value(eqn: JaxprEqn, deads: Sequence[Dead]) -> Dead:
     if name == "select_n" and numbers and all(same(deads[1], case) for case in deads[2:]):
         return deads[1]
     if len(numbers) == len(deads):
-        if not jnp.issubdtype(dtype_of(eqn.outvars[0]), np.floating) or not _all_floating(eqn):
+        if not jnp.issubdtype(dtype_of(eqn.outvars[0]), np.floating):
+            return COMPUTABLE
+        if name != "convert_element_type" and not _all_floating(eqn):
             return COMPUTABLE
         if name in _KEEP_ZERO and numbers[0] == 0:
             return 0.0

@@ -13,9 +13,12 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
 
+from prune_jax.groups.elementwise import ELEMENTWISE
 from prune_jax.groups.labels import Labels
 from prune_jax.groups.values import Axis, Value, join
 from prune_jax.groups.walk import Walk, bind, dtype_of, opaque, rule, shape_of
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "named_call")
 
 
 def _closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
@@ -35,9 +38,14 @@ def _function(walk: Walk, before: Labels, closed: ClosedJaxpr, inputs: Sequence[
 
     def call(*arrays: Any) -> list[Any]:
         values = [replace(v, array=jnp.asarray(a)) for v, a in zip(inputs, arrays, strict=True)]
-        return _arrays(replace(walk, labels=before.fork()).run(closed, values))
+        return _arrays(_run(replace(walk, labels=before.fork()), closed, values))
 
     return call
+
+
+def _run(walk: Walk, closed: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+    """The outputs of a function whose results meet others': constants among them are cut as these are."""
+    return [walk.cut(value) for value in walk.run(closed, inputs)]
 
 
 def _results(values: Sequence[Value], arrays: Sequence[Any] | None) -> list[Value]:
@@ -45,20 +53,20 @@ def _results(values: Sequence[Value], arrays: Sequence[Any] | None) -> list[Valu
     return settled if arrays is None else [replace(v, array=a) for v, a in zip(settled, arrays, strict=True)]
 
 
-@rule("jit", "pjit", "closed_call", "core_call", "custom_lin", "named_call")
+@rule(*_CALLS, through=True)
 def call(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Walked through."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return opaque(walk, eqn, operands) if inner is None else walk.run(_closed(inner), operands)
 
 
-@rule("checkpoint", "remat", "remat2")
+@rule("checkpoint", "remat", "remat2", through=True)
 def checkpoint(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Walked through; what is forgotten before the backward pass stays so."""
     closed = _closed(eqn.params["jaxpr"])
     inputs = [operand.settled() for operand in operands]
     before = walk.labels.fork()
-    outputs = _analysing(walk).run(closed, inputs)
+    outputs = _run(_analysing(walk), closed, inputs)
     if walk.alive is None:
         return _results(outputs, None)
     function = _function(walk, before, closed, inputs)
@@ -66,7 +74,7 @@ def checkpoint(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     return _results(outputs, jax.checkpoint(function, **options)(*_arrays(inputs)))
 
 
-@rule("cond")
+@rule("cond", through=True)
 def cond(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """The branches' outputs are one."""
     index, *rest = operands
@@ -76,7 +84,7 @@ def cond(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     functions, outputs = [], list[list[Value]]()
     for branch in eqn.params["branches"]:
         functions.append(_function(walk, walk.labels.fork(), branch, inputs))
-        outputs.append(_analysing(walk).run(branch, inputs))
+        outputs.append(_run(_analysing(walk), branch, inputs))
     merged = [Value(_one(walk, eqn, [o.axes for o in same])) for same in zip(*outputs, strict=True)]
     if walk.alive is None:
         return merged
@@ -122,10 +130,10 @@ def _deads(value: Value) -> list[str]:
 def _row(walk: Walk, eqn: JaxprEqn, value: Value) -> Value:
     """What a loop hands to its body of an array that it goes over."""
     walk.fix(eqn, value.axes[0], "a loop goes over it")
-    return Value(value.settled().axes[1:], value.const, weights=value.weights)
+    return Value(value.settled().axes[1:], value.const, weights=value.weights, whole=value.whole)
 
 
-@rule("scan")
+@rule("scan", through=True)
 def scan(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """The carry is one before and after; stacked axes keep all indices."""
     params = eqn.params
@@ -134,8 +142,9 @@ def scan(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     consts = [value.settled() for value in operands[:first]]
     rows = [_row(walk, eqn, value) for value in operands[last:]]
     analysing = _analysing(walk)
+    given = [walk.cut(value) for value in operands[first:last]]
     carry, outputs, before = _settle_carry(
-        walk, eqn, operands[first:last], lambda held: analysing.run(body, [*consts, *held, *rows])
+        walk, eqn, given, lambda held: _run(analysing, body, [*consts, *held, *rows])
     )
     stack = walk.never(eqn, length, "a loop goes over it")
     stacked = [Value((stack, *value.settled().axes)) for value in outputs[len(carry) :]]
@@ -148,12 +157,12 @@ def scan(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         return made[: len(carry)], made[len(carry) :]
 
     options = {name: params[name] for name in ("reverse", "unroll", "_split_transpose") if name in params}
-    start, over = _arrays(operands[first:last]), _arrays(operands[last:])
+    start, over = _arrays(given), _arrays(operands[last:])
     ended, made = lax.scan(turn, [jnp.asarray(a) for a in start], over, length, **options)
     return _results([*carry, *stacked], [*ended, *made])
 
 
-@rule("while")
+@rule("while", through=True)
 def while_(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """The carry is one before and after."""
     params = eqn.params
@@ -162,9 +171,10 @@ def while_(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     of_test = [value.settled() for value in operands[:first]]
     of_body = [value.settled() for value in operands[first:last]]
     analysing = _analysing(walk)
-    carry, _, before = _settle_carry(walk, eqn, operands[last:], lambda held: analysing.run(body, [*of_body, *held]))
+    given = [walk.cut(value) for value in operands[last:]]
+    carry, _, before = _settle_carry(walk, eqn, given, lambda held: _run(analysing, body, [*of_body, *held]))
     before_test = walk.labels.fork()
-    analysing.run(test, [*of_test, *carry])
+    _run(analysing, test, [*of_test, *carry])
     if walk.alive is None:
         return carry
     again = _function(walk, before_test, test, [*of_test, *carry])
@@ -172,12 +182,12 @@ def while_(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     ended = lax.while_loop(
         lambda held: again(*_arrays(of_test), *held)[0],
         lambda held: turn(*_arrays(of_body), *held),
-        [jnp.asarray(a) for a in _arrays(operands[last:])],
+        [jnp.asarray(a) for a in _arrays(given)],
     )
     return _results(carry, ended)
 
 
-@rule("custom_jvp_call")
+@rule("custom_jvp_call", through=True)
 def custom_jvp(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Walked through, and so is its derivative, which stays what its author says."""
 
@@ -194,10 +204,11 @@ def custom_jvp(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     def _(primals: Any, tangents: Any) -> Any:
         return start(*primals), slope_of(*primals, *(tangents[i] for i in _soft(eqn)))
 
-    return _results(outputs, function(*[jnp.asarray(a) for a in _arrays(operands)]))
+    arrays = function(*[jnp.asarray(a) for a in _arrays(operands)])
+    return [replace(value, array=array) for value, array in zip(outputs, arrays, strict=True)]
 
 
-@rule("custom_vjp_call", "custom_vjp_call_jaxpr")
+@rule("custom_vjp_call", "custom_vjp_call_jaxpr", through=True)
 def custom_vjp(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Walked through, and so is its derivative; the backward pass computes anew what the forward pass would keep."""
 
@@ -215,7 +226,8 @@ def custom_vjp(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         return tuple(found.get(i) for i in range(len(arrays)))
 
     function.defvjp(lambda *arrays: (start(*arrays), arrays), backward)
-    return _results(outputs, function(*[jnp.asarray(a) for a in _arrays(operands)]))
+    arrays = function(*[jnp.asarray(a) for a in _arrays(operands)])
+    return [replace(value, array=array) for value, array in zip(outputs, arrays, strict=True)]
 
 
 def _with_derivative(
@@ -228,14 +240,16 @@ def _with_derivative(
     Returns:
         The function and its derivative on small arrays, where they differ from the whole ones, and the outputs.
     """
-    inputs = [operand.settled() for operand in operands]
     closed = _closed(eqn.params["call_jaxpr"])
     if not walk.derivatives:
-        return None, None, walk.run(closed, inputs)
+        return None, None, walk.run(closed, operands)
+    simple = _only_elementwise(closed.jaxpr)  # then what is dead can still be computed
+    inputs = [operand if simple else operand.settled() for operand in operands]
     if all(axis.fixed for value in inputs for axis in value.axes) or not _soft(eqn):
         return None, None, opaque(walk, eqn, inputs)
     before = walk.labels.fork()
-    outputs = _results(_analysing(walk).run(closed, inputs), None)
+    outputs = _run(walk if simple else _analysing(walk), closed, inputs)
+    outputs = outputs if simple else _results(outputs, None)
     shapes = [jax.ShapeDtypeStruct(shape_of(var), dtype_of(var)) for var in eqn.invars]
     seeds = [eqn.invars[i] for i in _soft(eqn)] if forward else eqn.outvars
     derivative = jax.make_jaxpr(slope)(shapes, [jax.ShapeDtypeStruct(shape_of(v), dtype_of(v)) for v in seeds])
@@ -245,7 +259,7 @@ def _with_derivative(
     seeded = [*inputs, *(_like(value) for value in ends)]
     before_slope = walk.labels.fork()
     plain = replace(walk, derivatives=False)
-    slopes = _analysing(plain).run(derivative, seeded)
+    slopes = _run(_analysing(plain), derivative, seeded)
     mirrored = outputs if forward else [inputs[i] for i in _soft(eqn)]
     for value, other in zip(mirrored, slopes, strict=True):
         for a, b in zip(value.axes, other.axes, strict=True):
@@ -253,6 +267,18 @@ def _with_derivative(
     if walk.alive is None:
         return None, None, outputs
     return _function(walk, before, closed, inputs), _function(plain, before_slope, derivative, seeded), outputs
+
+
+def _only_elementwise(jaxpr: Jaxpr) -> bool:
+    inner = [_closed(value).jaxpr for eqn in jaxpr.eqns for value in eqn.params.values() if _is_jaxpr(value)]
+    plain = all(
+        eqn.primitive.name in {*ELEMENTWISE, *_CALLS, "custom_jvp_call", "broadcast_in_dim"} for eqn in jaxpr.eqns
+    )
+    return plain and all(map(_only_elementwise, inner))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, Jaxpr | ClosedJaxpr)
 
 
 def _soft(eqn: JaxprEqn) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
@@ -138,11 +139,19 @@ def scatter(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
 
 @rule("iota")
 def iota(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
-    """Numbers by position: made whole, then cut."""
+    """Numbers by position."""
     if operands:
         return opaque(walk, eqn, operands)
     shape = eqn.params["shape"]
-    return [walk.source(lambda: lax.broadcasted_iota(eqn.params["dtype"], shape, eqn.params["dimension"]), shape)]
+
+    def make() -> Any:
+        return lax.broadcasted_iota(eqn.params["dtype"], shape, eqn.params["dimension"])
+
+    def known() -> Any:
+        with jax.ensure_compile_time_eval():
+            return make()
+
+    return [walk.whole(None if walk.alive is None else make(), shape, known)]
 
 
 @rule("random_bits")
@@ -151,4 +160,4 @@ def random_bits(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
     (key,) = operands
     if key.axes:
         return opaque(walk, eqn, operands)
-    return [walk.source(lambda: bind(eqn, [key.array]), shape_of(eqn.outvars[0]), known=False)]
+    return [walk.source(lambda: bind(eqn, [key.array]), shape_of(eqn.outvars[0]))]

@@ -12,7 +12,7 @@ from jax.extend.core import JaxprEqn
 
 from prune_jax.groups.labels import without_fixed_rows
 from prune_jax.groups.values import COMPUTABLE, UNKNOWN, Axis, Dead, Value, join
-from prune_jax.groups.walk import Walk, bind, dtype_of, opaque, pick, ranks, rule, shape_of
+from prune_jax.groups.walk import Walk, bind, dtype_of, match, opaque, pick, ranks, rule, shape_of
 
 
 @rule("transpose")
@@ -51,7 +51,7 @@ def broadcast_in_dim(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[V
         int(out): i for i, out in enumerate(eqn.params["broadcast_dimensions"]) if x.axes[i].size == sizes[int(out)]
     }
     new = COMPUTABLE if x.const is None else x.const
-    axes = [x.axes[home[d]] if d in home else Axis(walk.labels.fresh(size), new) for d, size in enumerate(sizes)]
+    axes = [x.axes[home[d]] if d in home else _spread(walk, eqn, size, new) for d, size in enumerate(sizes)]
 
     def shaped(array: Any, i: int | None = None) -> Any:
         size = None if i is None else (array.shape[home[i]] if i in home else 1)
@@ -62,6 +62,11 @@ def broadcast_in_dim(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[V
         return shaped(walk.dead(x, home[i], dtype_of(eqn.invars[0])) if i in home else x.array, i)
 
     return walk.outputs(eqn, [axes], operands, rewrite=lambda: shaped(x.array), part=part, const=x.const)
+
+
+def _spread(walk: Walk, eqn: JaxprEqn, size: int, dead: Dead) -> Axis:
+    """A new axis all of whose indices hold the same."""
+    return walk.never(eqn, 1, "an axis has one index only") if size == 1 else Axis(walk.labels.fresh(size), dead)
 
 
 @rule("reshape")
@@ -231,6 +236,57 @@ def split(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         operands,
         rewrite=lambda: bind(eqn, [x.array], sizes=tuple(walk.size(piece[axis]) for piece in pieces)),
     )
+
+
+@rule("stack")
+def stack(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Arrays side by side along a new axis, each at its place; the other axes are one."""
+    d = eqn.params["axis"] % (len(operands[0].axes) + 1)
+    axes = []
+    for i in range(len(operands[0].axes)):
+        rows = walk.tie(eqn, *(x.axes[i] for x in operands))
+        axes.append(Axis(rows, _either([x.axes[i].dead for x in operands])))
+    axes.insert(d, walk.never(eqn, len(operands), "arrays are stacked along it"))
+
+    def part(i: int) -> Any:
+        k = i if i < d else i - 1
+        parts = [walk.dead(x, k, dtype_of(v)) for x, v in zip(operands, eqn.invars, strict=True)]
+        return jnp.stack(match(parts, k), axis=d)
+
+    return walk.outputs(eqn, [axes], operands, part=part)
+
+
+@rule("unstack")
+def unstack(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """The indices of one axis, each an array: they keep their places."""
+    (x,) = operands
+    d = eqn.params["axis"] % len(x.axes)
+    walk.fix(eqn, x.axes[d], "each of its indices goes its own way")
+    axes = [axis.settled() for i, axis in enumerate(x.axes) if i != d]
+    return walk.outputs(eqn, [axes] * len(eqn.outvars), operands)
+
+
+@rule("tile")
+def tile(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Copies of an axis one after the other: an index of a copy dies with its source, or with the copy."""
+    (x,) = operands
+    reps = tuple(eqn.params["reps"])
+    new = len(reps) - len(x.axes)
+    whole = [*([None] * new), *x.axes]
+    axes, counts = [], list[Axis]()
+    for rep, axis in zip(reps, whole, strict=True):
+        copy = walk.never(eqn, 1, "an axis has one index only") if rep == 1 else Axis(walk.labels.fresh(rep))
+        counts.append(copy)
+        if axis is None or rep == 1:
+            axes.append(copy if axis is None else axis.settled())
+        else:
+            rows, dead = _merge([copy, axis])
+            axes.append(Axis(rows, dead if axis.fixed else UNKNOWN))
+
+    def rewrite() -> Any:
+        return jnp.tile(x.array, [walk.size(copy) for copy in counts])
+
+    return walk.outputs(eqn, [axes], operands, rewrite=rewrite)
 
 
 @rule("concatenate")

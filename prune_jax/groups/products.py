@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,23 @@ def dot_general(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
         axes.append(Axis(rows, _product(left.axes[l].dead, right.axes[r].dead)))
     for value, used in ((left, {*left_sum, *left_batch}), (right, {*right_sum, *right_batch})):
         axes += [_through(axis) for d, axis in enumerate(value.axes) if d not in used]
-    if left_batch:
+    if (
+        not left.weights
+        and not right.weights
+        and left_sum
+        and _free(left, left_sum, left_batch)
+        and _free(right, right_sum, right_batch)
+    ):
         walk.labels.heads += [left.axes[l].rows for l in left_batch]
         walk.labels.head_dims += [left.axes[l].rows for l in left_sum]
         walk.labels.head_dims += [a.rows for d, a in enumerate(left.axes) if d not in {*left_sum, *left_batch}]
         walk.labels.head_dims += [a.rows for d, a in enumerate(right.axes) if d not in {*right_sum, *right_batch}]
     return walk.outputs(eqn, [axes], operands)
+
+
+def _free(value: Value, *used: Sequence[int]) -> bool:
+    """Whether axes of several indices are neither summed over nor gone through side by side."""
+    return any(axis.size > 1 for d, axis in enumerate(value.axes) if all(d not in some for some in used))
 
 
 def _through(axis: Axis) -> Axis:
@@ -82,7 +94,8 @@ def convolution(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
         out_rows = walk.tie(eqn, outward, _grid(group, place))
         if walk.alive is not None:
             count = walk.size(group)
-    _adds_nothing(walk, eqn, features, inward)
+    if groups == 1 or not inward.fixed:  # a dead group feeds nothing but its own dead outputs
+        _adds_nothing(walk, eqn, features, inward)
     batch = _through(x.axes[numbers.lhs_spec[0]])
     shape = shape_of(eqn.outvars[0])
     axes: list[Axis] = [walk.never(eqn, size, text) for size in shape]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from prune_jax.groups.values import COMPUTABLE, UNKNOWN, Axis, Value, same
+from prune_jax.groups.values import COMPUTABLE, UNKNOWN, Axis, Dead, Unsettled, Value, same
 from prune_jax.groups.walk import Walk, bind, dtype_of, fixed_axes, opaque, rule, shape_of
 
-_NEUTRAL = {"reduce_sum": 0.0, "reduce_prod": 1.0, "reduce_max": -math.inf, "reduce_min": math.inf}
+_NEUTRAL = {
+    "reduce_sum": 0.0,
+    "reduce_prod": 1.0,
+    "reduce_max": -math.inf,
+    "reduce_min": math.inf,
+    "reduce_and": 1.0,
+    "reduce_or": 0.0,
+    "reduce_xor": 0.0,
+}
 _COMBINE: dict[str, Callable[[Any, Any], Any]] = {
     "reduce_sum": jnp.add,
     "reduce_max": jnp.maximum,
@@ -29,7 +37,7 @@ def reduce(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     left = [d for d in range(len(x.axes)) if d not in gone]
     neutral = _NEUTRAL.get(name, math.nan)
     harmless = [d for d in gone if x.axes[d].fixed or same(x.axes[d].dead, neutral)]
-    made_up = [d for d in gone if d not in harmless and name in _COMBINE and x.axes[d].dead is not UNKNOWN][:1]
+    made_up = _made_up(name, {d: x.axes[d].dead for d in gone if d not in harmless})
     for d in gone:
         if d not in harmless and d not in made_up:
             walk.fix(eqn, x.axes[d], f"{name} goes over it, and what stands at a pruned index counts")
@@ -60,6 +68,18 @@ def reduce(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         else:
             axes.append(Axis(x.axes[d].rows, dead if name in ("reduce_max", "reduce_min") else COMPUTABLE))
     return walk.outputs(eqn, [axes], operands, rewrite=rewrite, part=part)
+
+
+def _made_up(name: str, deads: Mapping[int, Dead]) -> list[int]:
+    """Over which axes at once what is dead can be made up for.
+
+    A sum over two would miss what is dead along both; of a largest number known ones are taken at any number of axes.
+    """
+    if name not in _COMBINE:
+        return []
+    computable = [d for d, dead in deads.items() if dead is COMPUTABLE]
+    numbers = [d for d, dead in deads.items() if not isinstance(dead, Unsettled)]
+    return [*numbers, *computable][:1] if name == "reduce_sum" else [*numbers, *computable[:1]]
 
 
 @rule("argmax", "argmin")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -165,12 +165,11 @@ def analyse(apply: Callable[..., Any], params: PyTree, inputs: Sequence[Any], re
     labels = Labels()
     starts, values = _inputs(labels, jaxpr, len(named), [None] * len(jaxpr.invars))
     outputs = Walk(labels).run(closed, values)
-    paths = list(leaves_by_path(out))
-    for path, value, mirror in zip(paths, outputs, mirrors(out, named), strict=True):
-        for d, axis in enumerate(value.axes):
-            if mirror is not None:
-                labels.tie(axis.rows, starts[mirror][d].rows, _OUTPUT)
-            elif not any(matches(path, pattern) for pattern in release):
+    homes = mirrors(out, named)
+    for path, value, home in zip(leaves_by_path(out), outputs, homes, strict=True):
+        free = any(matches(path, pattern) for pattern in release)
+        if not free and home not in value.news:
+            for axis in value.axes:
                 labels.fix(axis.rows, _OUTPUT)
     read = _read(jaxpr)
     used = tuple(var in read for var in jaxpr.invars[: len(named)])
@@ -196,7 +195,8 @@ def _inputs(
     others = [tuple(Axis(labels.never(_INPUT, size)) for size in _shape(var)) for var in jaxpr.invars[count:]]
     weights = [True] * count + [False] * len(others)
     axes = [*starts, *others]
-    return starts, [Value(a, array=x, weights=w) for a, x, w in zip(axes, arrays, weights, strict=True)]
+    values = [Value(a, array=x, weights=w) for a, x, w in zip(axes, arrays, weights, strict=True)]
+    return starts, [replace(v, news=frozenset([i] if i < count else ())) for i, v in enumerate(values)]
 
 
 def _read(jaxpr: Jaxpr) -> set[Any]:

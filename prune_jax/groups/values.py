@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -54,6 +54,8 @@ class Value:
         array: the array without its dead indices; None while analysing.
         part: axis -> what stands at its dead indices, `[..., 1 or dead, ...]`; for axes that are COMPUTABLE.
         weights: whether it depends on parameters and constants alone.
+        news: the parameters that it was made of element by element: it may be the new value of one.
+        whole: whether it depends on constants alone, and `array` keeps all indices until it meets something else.
     """
 
     axes: tuple[Axis, ...]
@@ -62,6 +64,8 @@ class Value:
     array: Any = None
     part: Callable[[int], Any] | None = None
     weights: bool = False
+    whole: bool = False
+    news: frozenset[int] = frozenset()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,7 +74,7 @@ class Value:
 
     def settled(self) -> Value:
         """The value as it crosses into a loop: what it is made of is forgotten."""
-        return Value(tuple(axis.settled() for axis in self.axes), self.const, None, self.array, None, self.weights)
+        return replace(self, axes=tuple(axis.settled() for axis in self.axes), part=None)
 
 
 def join(deads: Sequence[Dead]) -> Dead:

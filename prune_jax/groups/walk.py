@@ -20,13 +20,16 @@ from prune_jax.groups.values import COMPUTABLE, Axis, Unsettled, Value
 
 Rule = Callable[["Walk", JaxprEqn, list[Value]], list[Value]]
 RULES: dict[str, Rule] = {}  # primitive -> what its equations tie, and how they are rewritten
+THROUGH: set[Rule] = set()  # rules that hand constants on as they are
 
 
-def rule(*primitives: str) -> Callable[[Rule], Rule]:
-    """Registers the rule of some primitives."""
+def rule(*primitives: str, through: bool = False) -> Callable[[Rule], Rule]:
+    """Registers the rule of some primitives; one that holds functions hands constants `through` to them."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(primitives, function))
+        if through:
+            THROUGH.add(function)
         return function
 
     return register
@@ -54,23 +57,52 @@ class Walk:
             return self.constant(atom.val) if isinstance(atom, Literal) else known[atom]
 
         for eqn in jaxpr.eqns:
-            operands = [read(atom) for atom in eqn.invars]
-            outputs = RULES.get(eqn.primitive.name, opaque)(self, eqn, operands)
+            outputs = self._equation(eqn, [read(atom) for atom in eqn.invars])
             known.update(zip(eqn.outvars, [self._no_single(eqn, value) for value in outputs], strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+        apply = RULES.get(eqn.primitive.name, opaque)
+        if any(o.whole for o in operands) and all(o.whole or o.const is not None for o in operands) and not eqn.effects:
+            return self._constants(eqn, operands)
+        return apply(self, eqn, operands if apply in THROUGH else [self.cut(operand) for operand in operands])
+
+    def _constants(self, eqn: JaxprEqn, operands: Sequence[Value]) -> list[Value]:
+        """The outputs of an equation on constants: whole, for each use may cut them otherwise."""
+        arrays: Sequence[Any] = [None] * len(eqn.outvars)
+        if self.alive is not None:
+            given = [
+                o.array if o.whole or not o.axes else jnp.full(o.shape, o.const or 0.0, dtype_of(atom))
+                for o, atom in zip(operands, eqn.invars, strict=True)
+            ]
+            made = bind(eqn, given)
+            arrays = list(made) if eqn.primitive.multiple_results else [made]
+        known = self._known(eqn, operands)
+        return [self.whole(a, shape_of(var), known) for a, var in zip(arrays, eqn.outvars, strict=True)]
+
+    def whole(self, array: Any, shape: tuple[int, ...], known: Callable[[], Any] | None) -> Value:
+        """A constant that keeps all of its indices until it meets something else."""
+        axes = tuple(Axis(self.labels.never(Reason("it meets a constant"), size)) for size in shape)
+        return Value(axes, None, known, array, None, True, True)
+
+    def cut(self, value: Value) -> Value:
+        """A constant as what it meets makes of it: its axes are free; other values as they are."""
+        if not value.whole or not value.axes:
+            return value
+        return self.source(lambda: value.array, value.shape, value.known)
 
     def constant(self, whole: Any) -> Value:
         """A value that stands in the function itself. Its elements at dead indices are what they are."""
         if not np.ndim(whole):
             real = jnp.issubdtype(jax.dtypes.result_type(whole), np.floating) or isinstance(whole, int | np.integer)
             return Value((), float(whole) if real else None, lambda: whole, whole, None, True)
-        return self.source(lambda: whole, np.shape(whole))
+        return self.whole(whole, np.shape(whole), lambda: whole)
 
-    def source(self, make: Callable[[], Any], shape: tuple[int, ...], known: bool = True) -> Value:
+    def source(self, make: Callable[[], Any], shape: tuple[int, ...], known: Callable[[], Any] | None = None) -> Value:
         """A value that is made whole and then cut: its axes are free, and what is dead can be had."""
         axes = tuple(Axis(self.labels.fresh(size), COMPUTABLE) for size in shape)
         if self.alive is None:
-            return Value(axes, None, make if known else None, None, None, known)
+            return Value(axes, None, known, weights=known is not None)
         whole = make()
         keeps = [np.flatnonzero(self.keep(axis)) for axis in axes]
 
@@ -84,7 +116,7 @@ class Walk:
             dead = np.flatnonzero(~self.keep(axes[i]))
             return cut([dead if k == i else positions for k, positions in enumerate(keeps)])
 
-        return Value(axes, None, make if known else None, cut(keeps), part, known)
+        return Value(axes, None, known, cut(keeps), part, known is not None)
 
     def outputs(
         self,
@@ -202,6 +234,16 @@ def opaque(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
 def fixed_axes(walk: Walk, eqn: JaxprEqn, var: Any, text: str) -> list[Axis]:
     """Axes for an output that keeps all of its indices."""
     return [walk.never(eqn, size, text) for size in var.aval.shape]
+
+
+def match(arrays: Sequence[Any], axis: int) -> list[Any]:
+    """Repeats axes of size one, as primitives do not."""
+    size = max((a.shape[axis] for a in arrays if np.ndim(a)), default=1)
+
+    def repeat(a: Any) -> Any:
+        return jnp.broadcast_to(a, (*a.shape[:axis], size, *a.shape[axis + 1 :])) if np.ndim(a) else a
+
+    return [repeat(a) for a in arrays]
 
 
 def pick(array: Any, axis: int, positions: np.ndarray) -> Any:
