@@ -16,7 +16,7 @@ import numpy as np
 
 from prune_jax.costs import cost
 from prune_jax.errors import UserMistake, did_you_mean
-from prune_jax.groups import Analysis, Group, analyse, lowest, mirrors, ranked, rewrite, unit_scores
+from prune_jax.groups import Analysis, Group, analyse, dot, lowest, mirrors, ranked, rewrite, unit_scores
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 Dead = Mapping[str, Iterable[int]]  # group -> units
@@ -206,6 +206,10 @@ class TracedNetwork:
                 if keep.size and not keep.any():
                     raise UserMistake(f"axis {d} of {path!r} would be left without an index: kill fewer of its units.")
         return keeps
+
+    def to_dot(self) -> str:
+        """The network as a drawing for Graphviz: parameters as boxes, groups as coloured arrows between them."""
+        return dot(self.groups, self.shapes, self._analysis.roles.reads)
 
     def __repr__(self) -> str:
         return table(self)

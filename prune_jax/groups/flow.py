@@ -25,7 +25,8 @@ def _closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
-def _arrays(values: Sequence[Value]) -> list[Any]:
+def arrays_of(values: Sequence[Value]) -> list[Any]:
+    """Their arrays, without dead indices."""
     return [value.array for value in values]
 
 
@@ -33,22 +34,23 @@ def _analysing(walk: Walk) -> Walk:
     return replace(walk, alive=None)
 
 
-def _function(walk: Walk, before: Labels, closed: ClosedJaxpr, inputs: Sequence[Value]) -> Callable[..., list[Any]]:
+def function_of(walk: Walk, before: Labels, closed: ClosedJaxpr, inputs: Sequence[Value]) -> Callable[..., list[Any]]:
     """`closed` on small arrays, walked again from where the labels were `before`."""
 
     def call(*arrays: Any) -> list[Any]:
         values = [replace(v, array=jnp.asarray(a)) for v, a in zip(inputs, arrays, strict=True)]
-        return _arrays(_run(replace(walk, labels=before.fork()), closed, values))
+        return arrays_of(run_cut(replace(walk, labels=before.fork()), closed, values))
 
     return call
 
 
-def _run(walk: Walk, closed: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+def run_cut(walk: Walk, closed: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
     """The outputs of a function whose results meet others': constants among them are cut as these are."""
     return [walk.cut(value) for value in walk.run(closed, inputs)]
 
 
-def _results(values: Sequence[Value], arrays: Sequence[Any] | None) -> list[Value]:
+def results_of(values: Sequence[Value], arrays: Sequence[Any] | None) -> list[Value]:
+    """What comes out of a function that holds others: with these arrays, if there are any."""
     settled = [value.settled() for value in values]
     return settled if arrays is None else [replace(v, array=a) for v, a in zip(settled, arrays, strict=True)]
 
@@ -66,12 +68,12 @@ def checkpoint(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     closed = _closed(eqn.params["jaxpr"])
     inputs = [operand.settled() for operand in operands]
     before = walk.labels.fork()
-    outputs = _run(_analysing(walk), closed, inputs)
+    outputs = run_cut(_analysing(walk), closed, inputs)
     if walk.alive is None:
-        return _results(outputs, None)
-    function = _function(walk, before, closed, inputs)
+        return results_of(outputs, None)
+    function = function_of(walk, before, closed, inputs)
     options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
-    return _results(outputs, jax.checkpoint(function, **options)(*_arrays(inputs)))
+    return results_of(outputs, jax.checkpoint(function, **options)(*arrays_of(inputs)))
 
 
 @rule("cond", through=True)
@@ -83,12 +85,12 @@ def cond(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     inputs = [operand.settled() for operand in rest]
     functions, outputs = [], list[list[Value]]()
     for branch in eqn.params["branches"]:
-        functions.append(_function(walk, walk.labels.fork(), branch, inputs))
-        outputs.append(_run(_analysing(walk), branch, inputs))
+        functions.append(function_of(walk, walk.labels.fork(), branch, inputs))
+        outputs.append(run_cut(_analysing(walk), branch, inputs))
     merged = [Value(_one(walk, eqn, [o.axes for o in same])) for same in zip(*outputs, strict=True)]
     if walk.alive is None:
         return merged
-    return _results(merged, lax.switch(index.array, functions, *_arrays(inputs)))
+    return results_of(merged, lax.switch(index.array, functions, *arrays_of(inputs)))
 
 
 def _one(walk: Walk, eqn: JaxprEqn, several: Sequence[Sequence[Axis]]) -> tuple[Axis, ...]:
@@ -144,22 +146,22 @@ def scan(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     analysing = _analysing(walk)
     given = [walk.cut(value) for value in operands[first:last]]
     carry, outputs, before = _settle_carry(
-        walk, eqn, given, lambda held: _run(analysing, body, [*consts, *held, *rows])
+        walk, eqn, given, lambda held: run_cut(analysing, body, [*consts, *held, *rows])
     )
     stack = walk.never(eqn, length, "a loop goes over it")
     stacked = [Value((stack, *value.settled().axes)) for value in outputs[len(carry) :]]
     if walk.alive is None:
         return [*carry, *stacked]
-    function = _function(walk, before, body, [*consts, *carry, *rows])
+    function = function_of(walk, before, body, [*consts, *carry, *rows])
 
     def turn(held: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
-        made = function(*_arrays(consts), *held, *row)
+        made = function(*arrays_of(consts), *held, *row)
         return made[: len(carry)], made[len(carry) :]
 
     options = {name: params[name] for name in ("reverse", "unroll", "_split_transpose") if name in params}
-    start, over = _arrays(given), _arrays(operands[last:])
+    start, over = arrays_of(given), arrays_of(operands[last:])
     ended, made = lax.scan(turn, [jnp.asarray(a) for a in start], over, length, **options)
-    return _results([*carry, *stacked], [*ended, *made])
+    return results_of([*carry, *stacked], [*ended, *made])
 
 
 @rule("while", through=True)
@@ -172,19 +174,19 @@ def while_(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     of_body = [value.settled() for value in operands[first:last]]
     analysing = _analysing(walk)
     given = [walk.cut(value) for value in operands[last:]]
-    carry, _, before = _settle_carry(walk, eqn, given, lambda held: _run(analysing, body, [*of_body, *held]))
+    carry, _, before = _settle_carry(walk, eqn, given, lambda held: run_cut(analysing, body, [*of_body, *held]))
     before_test = walk.labels.fork()
-    _run(analysing, test, [*of_test, *carry])
+    run_cut(analysing, test, [*of_test, *carry])
     if walk.alive is None:
         return carry
-    again = _function(walk, before_test, test, [*of_test, *carry])
-    turn = _function(walk, before, body, [*of_body, *carry])
+    again = function_of(walk, before_test, test, [*of_test, *carry])
+    turn = function_of(walk, before, body, [*of_body, *carry])
     ended = lax.while_loop(
-        lambda held: again(*_arrays(of_test), *held)[0],
-        lambda held: turn(*_arrays(of_body), *held),
-        [jnp.asarray(a) for a in _arrays(given)],
+        lambda held: again(*arrays_of(of_test), *held)[0],
+        lambda held: turn(*arrays_of(of_body), *held),
+        [jnp.asarray(a) for a in arrays_of(given)],
     )
-    return _results(carry, ended)
+    return results_of(carry, ended)
 
 
 @rule("custom_jvp_call", through=True)
@@ -204,7 +206,7 @@ def custom_jvp(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     def _(primals: Any, tangents: Any) -> Any:
         return start(*primals), slope_of(*primals, *(tangents[i] for i in _soft(eqn)))
 
-    arrays = function(*[jnp.asarray(a) for a in _arrays(operands)])
+    arrays = function(*[jnp.asarray(a) for a in arrays_of(operands)])
     return [replace(value, array=array) for value, array in zip(outputs, arrays, strict=True)]
 
 
@@ -226,7 +228,7 @@ def custom_vjp(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         return tuple(found.get(i) for i in range(len(arrays)))
 
     function.defvjp(lambda *arrays: (start(*arrays), arrays), backward)
-    arrays = function(*[jnp.asarray(a) for a in _arrays(operands)])
+    arrays = function(*[jnp.asarray(a) for a in arrays_of(operands)])
     return [replace(value, array=array) for value, array in zip(outputs, arrays, strict=True)]
 
 
@@ -248,8 +250,8 @@ def _with_derivative(
     if all(axis.fixed for value in inputs for axis in value.axes) or not _soft(eqn):
         return None, None, opaque(walk, eqn, inputs)
     before = walk.labels.fork()
-    outputs = _run(walk if simple else _analysing(walk), closed, inputs)
-    outputs = outputs if simple else _results(outputs, None)
+    outputs = run_cut(walk if simple else _analysing(walk), closed, inputs)
+    outputs = outputs if simple else results_of(outputs, None)
     shapes = [jax.ShapeDtypeStruct(shape_of(var), dtype_of(var)) for var in eqn.invars]
     seeds = [eqn.invars[i] for i in _soft(eqn)] if forward else eqn.outvars
     derivative = jax.make_jaxpr(slope)(shapes, [jax.ShapeDtypeStruct(shape_of(v), dtype_of(v)) for v in seeds])
@@ -259,14 +261,14 @@ def _with_derivative(
     seeded = [*inputs, *(_like(value) for value in ends)]
     before_slope = walk.labels.fork()
     plain = replace(walk, derivatives=False)
-    slopes = _run(_analysing(plain), derivative, seeded)
+    slopes = run_cut(_analysing(plain), derivative, seeded)
     mirrored = outputs if forward else [inputs[i] for i in _soft(eqn)]
     for value, other in zip(mirrored, slopes, strict=True):
         for a, b in zip(value.axes, other.axes, strict=True):
             walk.tie(eqn, a, b)
     if walk.alive is None:
         return None, None, outputs
-    return _function(walk, before, closed, inputs), _function(plain, before_slope, derivative, seeded), outputs
+    return function_of(walk, before, closed, inputs), function_of(plain, before_slope, derivative, seeded), outputs
 
 
 def _only_elementwise(jaxpr: Jaxpr) -> bool:

@@ -15,7 +15,7 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jax.interpreters import partial_eval
 
-from prune_jax.groups import elementwise, flow, lookups, moves, products, reductions  # noqa: F401 - they register rules
+from prune_jax.groups import elementwise, flow, lookups, moves, products, reductions, sharded  # noqa: F401 - they register rules
 from prune_jax.groups.labels import Labels, Reason
 from prune_jax.groups.units import SPLIT, Units, solve
 from prune_jax.groups.values import UNKNOWN, Axis, Value
@@ -97,6 +97,11 @@ class Analysis:
     def groups(self) -> dict[str, tuple[Group, np.ndarray]]:
         """Name -> group and the units, by their numbers in `units`, in it."""
         return _named(self)
+
+    @cached_property
+    def roles(self) -> _Roles:
+        """What axes are used for."""
+        return _Roles(self)
 
     def alive(self, dead: Iterable[int]) -> np.ndarray:
         """By label, whether it lives once these units are dead."""
@@ -230,7 +235,7 @@ def mirrors(out: PyTree, named: Mapping[str, Any]) -> list[int | None]:
 
 def _named(analysis: Analysis) -> dict[str, tuple[Group, np.ndarray]]:
     found: dict[str, tuple[Group, np.ndarray]] = {}
-    roles = _Roles(analysis)
+    roles = analysis.roles
     for units, rows in _alike(analysis.table):
         members = _members(analysis, rows)
         kind = roles.kind(units[0], members)
