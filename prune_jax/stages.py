@@ -24,6 +24,7 @@ from prune_jax.objectives import inputs_of, objective
 from prune_jax.problems import dataset_of, examples_of, network_of, records_at, sample_of
 from prune_jax.progress import Progress, Report, silent
 from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Problem, Ref, StageCall, StageResult, Status
+from prune_jax.reestimation import reestimate
 from prune_jax.schedules import iterative
 from prune_jax.scoring import mask, score
 from prune_jax.structure import after, cut_network, groups_of, restored, stored
@@ -232,6 +233,11 @@ def compact(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metr
     shapes = _shapes(call.problem)
     keep = small.keep if loaded.keep is None else after(restored(loaded.keep, shapes), small.keep)
     made = Loaded(variables, masks, stored(keep, shapes))
+    if most := call.settings.get("reestimate_batches"):
+        batches = map(inputs_of, _counted(dataset_of(call.problem).train, call, most, report))
+        state = reestimate(_network(call.problem, made.keep), variables, batches, seed=call.seed)
+        variables = variables._replace(state=jax.device_get(state))
+        made = made._replace(variables=variables)
     metrics = _validated(call.problem, variables, dataset_of(call.problem), made.keep)
     units = {
         name: {"dead": len(dead.get(name, ())), "units": group.size, "kind": group.kind}

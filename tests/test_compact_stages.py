@@ -203,3 +203,22 @@ def test_inputs_are_read_and_never_unpickled(tmp_path):
         read_inputs(str(tmp_path / "pickled.npz"))
     with pytest.raises(UserMistake, match="there is no such file"):
         read_inputs(str(tmp_path / "none.npz"))
+
+
+def test_batch_statistics_are_estimated_anew(shared):
+    model = {"kind": "mlp", "widths": [12, 8], "batch_norm": True}
+    anew = {**COMPACT, "reestimate_batches": 3, "after": "prune"}
+    stages = {"train": {**TRAIN, "steps": 30}, "prune": GROUPS, "compact": COMPACT, "anew": anew}
+    plan, results = run_plain(tiny(model=model, **stages), shared)
+    before, after = (part(arrays(shared, results[name]), "state") for name in ("compact", "anew"))
+    params = part(arrays(shared, results["anew"]), "params")
+    from prune_jax.problems import dataset_of
+
+    problem = plan.calls[0].problem
+    split = dataset_of(problem).train["x"]
+    size = problem.data.batch_size
+    inputs = [np.asarray(split[i * size : (i + 1) * size], np.float32) for i in range(3)]
+    hidden = [x @ params["hidden_0/kernel"] + params.get("hidden_0/bias", 0) for x in inputs]
+    (mean,) = [path for path in after if path.endswith("mean") and after[path].shape == (hidden[0].shape[1],)][:1]
+    np.testing.assert_allclose(after[mean], np.mean([h.mean(0) for h in hidden], axis=0), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(before[mean], after[mean], rtol=1e-3)

@@ -202,6 +202,9 @@ class Compact(Stage):
     """Takes dead units away: smaller arrays and a smaller function that compute the same."""
 
     kind: Literal["compact"]
+    reestimate_batches: int | None = Field(
+        default=None, ge=1, description="batch-norm statistics anew, from so many batches of the training split"
+    )
 
 
 EXPORTS: tuple[Literal["stablehlo", "safetensors"], ...] = ("stablehlo", "safetensors")

@@ -33,6 +33,13 @@ BOUNDS: dict[str, dict[str, float | None]] = {
     "masked_step": {"*dense step / dense step": None, "*": 1.05},
     "scoring": {"*plain again*": None, "*": 1.1},
     "selection": {"*": None},
+    "compaction": {
+        "analysis of ViT-B*": 2.7,
+        "analysis of a ViT of 1.0 G*": 30,
+        "* / fresh": 1.05,
+        "*batch 64: compact / dense": 1 / 1.8,
+        "*": None,
+    },
 }
 
 
