@@ -125,7 +125,7 @@ def _headline(stages: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     if any(result["row"] for result in results.values()):
         return f"{len(results)} networks evaluated; {did}"
     dense = max(results.values(), key=lambda r: r["nonzero"])
-    small = min(reversed(results.values()), key=lambda r: (r["params"], r["nonzero"]))
+    small = min(reversed(list(results.values())), key=lambda r: (r["params"], r["nonzero"]))
     metric = next((m for m in ("accuracy", "mse") if m in small), "loss")
     change = small[metric] - dense[metric]
     size = f"{100 * small['sparsity']:.3g} % sparse"
