@@ -13,6 +13,7 @@ import pytest
 from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
 from prune_jax.recipe import Ref
+from prune_jax.records import _headline
 from prune_jax.report import charts, dag, facts, page, write_report
 from tests import report_runs as runs
 
@@ -21,6 +22,8 @@ RUNS = {
     "plain": runs.one_run,
     "breached": lambda store: runs.one_run(store, breach=True),
     "matrix": runs.matrix_run,
+    "compact": runs.compact_run,
+    "groups": lambda store: runs.compact_run(store, cut=False),
     "search": runs.search_run,
     "failed": runs.failed_run,
 }
@@ -218,6 +221,86 @@ def test_one_shot_prunings_of_a_matrix_make_one_line(made):
     taylor = next(s for s in facts.series_of(store, record) if s.label == "criterion=taylor")
     np.testing.assert_allclose([p[:2] for p in taylor.lines[0]], [(0, 0.981), (0.8, 0.6), (0.9, 0.55), (0.95, 0.525)])
     assert len(taylor.lines) == 1
+
+
+def test_a_compact_run_is_told_by_its_smallest_network(made):
+    _, record, html = made["compact"]
+    texts = {k: words(v) for k, v in Page(html).texts.items()}
+    dense, small = (record["results"][name]["params"] for name in ("train", "finetune"))
+    assert dense / small == pytest.approx(266610 / 97485)
+    assert "2.73 times smaller at accuracy 0.952 (−0.003)" in texts[""]
+    assert "finetune, the smallest of 3" in texts[""]
+    assert f"parameters {dense:,} {dense:,} ×1.00 {small:,} ×0.366 {small:,} ×0.366" in texts["results"]
+    assert "a compact network, whose pruned weights are cut away, has none of it" in texts["results"]
+    assert "compact network" not in Page(made["groups"][2]).texts["results"]
+
+
+@pytest.mark.parametrize("word", ["compact", "groups"])
+def test_the_terminal_and_the_report_tell_of_the_same_network(made, word):
+    record = made[word][1]
+    told = _headline(record["stages"], record["results"])
+    shown = page.headline(record)["text"].replace("−", "-")
+    assert shown.partition(" at ")[0] == told.partition(" at ")[0]
+    assert re.findall(r"accuracy \S+ \(\S+\)", shown) == re.findall(r"accuracy \S+ \(\S+\)", told)
+
+
+def test_small_networks_that_are_sparse_too_are_told_so(made):
+    record = copy.deepcopy(made["compact"][1])
+    record["results"]["finetune"] |= {"sparsity": 0.5, "nonzero": record["results"]["finetune"]["nonzero"] // 2}
+    assert page.headline(record)["text"] == "2.73 times smaller, 50 % sparse at accuracy 0.952 (−0.003)"
+    record["results"]["compact"] |= {"nonzero": 9}  # as few parameters, fewer of them not zero
+    assert page.headline(record)["text"] == "2.73 times smaller at accuracy 0.949 (−0.006)"
+
+
+def test_compact_networks_lie_where_their_weights_are_gone(made):
+    store, record, html = made["compact"]
+    series = {s.label: s for s in facts.series_of(store, record)}
+    dense = record["results"]["train"]["params"]
+    gone = 1 - record["results"]["compact"]["params"] / dense
+    np.testing.assert_allclose(series["dense"].tests[0][:2], (0, 0.955))
+    for name, accuracy in (("prune", 0.949), ("compact", 0.949), ("finetune", 0.952)):
+        np.testing.assert_allclose([p[:2] for p in series[name].tests], [(gone, accuracy)])
+    first = 1 - (784 * 220 + 220 * 60 + 60 * 10 + 220 + 60 + 10) / dense
+    np.testing.assert_allclose([p[:2] for p in series["prune"].lines[0]], [(0, 0.956), (first, 0.955), (gone, 0.95)])
+    shown = words(Page(html).texts["sparsity"])
+    assert "Size and accuracy" in shown
+    assert shown.count("weights gone, % of the dense network's") == 2  # wide and narrow
+    assert "Across: the share of the dense network's weights that is gone, masked or cut away." in shown
+    assert "accuracy against share of weights gone of dense, prune" in html
+    for word in ("plain", "groups"):
+        shown = words(Page(made[word][2]).texts["sparsity"])
+        assert "Sparsity and accuracy" in shown
+        assert "sparsity, % of prunable weights" in shown
+        assert "gone" not in shown
+
+
+def test_rounds_of_a_network_that_was_compact_before_begin_there(made, tmp_path):
+    source, record, _ = made["compact"]
+    record, store = copy.deepcopy(record), Store(tmp_path / "again")
+    small, _ = source.read(Ref("finetune", "cf"))
+    masks = runs.magnitude_masks(small["params"], 0.5)
+    metrics = {"validation_accuracy": 0.93, "sparsity": 0.5}
+    rounds = [{"round": 1, "level": 0.5, "kind": "mask", "key": "m", "kept": True, "metrics": metrics}]
+    store.write(Ref("prune", "again"), {"params": small["params"], "masks": masks}, {"facts": {"rounds": rounds}})
+    record["stages"]["finetune"]["metrics"]["validation_accuracy"] = 0.953
+    record["stages"]["again"] = runs.stage("prune", "again", "prune", after=["finetune"])
+    again = next(s for s in facts.series_of(store, record) if s.label == "again")
+    dense, params = (record["results"][name]["params"] for name in ("train", "finetune"))
+    kernels = sum(layer["kernel"].size for layer in small["params"].values())  # biases are not prunable
+    expected = [(1 - params / dense, 0.953), (1 - (params - 0.5 * kernels) / dense, 0.93)]
+    np.testing.assert_allclose([p[:2] for p in again.lines[0]], expected)
+
+
+def test_models_of_other_sizes_are_not_compact(made):
+    """A matrix over widths has networks of fewer parameters that nobody cut."""
+    record = copy.deepcopy(made["matrix"][1])
+    for name in list(record["results"]):
+        if name.startswith("train"):
+            del record["results"][name]
+        elif "seed=1" in name:
+            record["results"][name]["params"] //= 2
+    assert not facts.has_compact(record)
+    assert " % sparse at " in page.headline(record)["text"]
 
 
 def test_histograms_count_every_survivor(made):

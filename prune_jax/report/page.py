@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -35,6 +36,7 @@ def page(store: Store, record: Record) -> str:
         record=record,
         css=Markup((FILES / "page.css").read_text("utf-8")),
         headline=headline(record),
+        compact=facts.has_compact(record),
         messages=messages(record),
         results=tables.results_table(record),
         notes=sorted({n for r in record["results"].values() for n in r.get("notes", [])}),
@@ -71,8 +73,11 @@ def headline(record: Record) -> dict[str, str]:
         versus = tables.signed(best["difference"], 3) if metric == "accuracy" else by_ratio
     about = [f"mean of {len(best['names'])} seeds"] if len(best["names"]) > 1 else []
     if best["of"] > 1:
-        about = [best["name"], *about, f"the sparsest of {best['of']}"]
-    text = f"{_rounded(best['sparsity'])} % sparse at {metric} {_value(metric, best['value'])}"
+        about = [best["name"], *about, f"the {'smallest' if best['smaller'] > 1 else 'sparsest'} of {best['of']}"]
+    sparse = f"{_rounded(best['sparsity'])} % sparse"
+    if best["smaller"] > 1:
+        sparse = f"{best['smaller']:.3g} times smaller" + (f", {sparse}" if best["sparsity"] else "")
+    text = f"{sparse} at {metric} {_value(metric, best['value'])}"
     return {"text": text + (f" ({versus})" if versus else ""), "about": ", ".join(about)}
 
 
@@ -120,9 +125,12 @@ def _sparsity(store: Store, record: Record) -> dict[str, Any] | None:
     floor = _floor(record, metric)
     pruned = [s for s in series if s.label != "dense"]
     direct = len(pruned) <= 6 and all(len(s.label) <= 24 for s in pruned)
+    compact = facts.has_compact(record)
+    chart = partial(charts.sparsity_chart, series, metric, floor=floor, compact=compact)
     return {
-        "wide": charts.sparsity_chart(series, metric, width=960, height=380, floor=floor, direct=direct),
-        "narrow": charts.sparsity_chart(series, metric, width=340, height=280, floor=floor, direct=False),
+        "wide": chart(width=960, height=380, direct=direct),
+        "narrow": chart(width=340, height=280, direct=False),
+        "compact": compact,
         "legend": charts.series_colours(series),
         "direct": direct,
         "metric": metric,
@@ -156,15 +164,7 @@ def _floor(record: Record, metric: str) -> float | None:
 
 def _ancestors(record: Record, name: str) -> list[str]:
     """The trainings from which a stage descends."""
-    seen: list[str] = []
-    ahead = [name]
-    while ahead:
-        here = ahead.pop()
-        stage = record["stages"].get(here)
-        if stage and here not in seen:
-            seen.append(here)
-            ahead += stage.get("after", [])
-    return [n for n in seen if record["stages"][n]["kind"] == "train"]
+    return [n for n in facts.lineage(record, name) if record["stages"][n]["kind"] == "train"]
 
 
 def _stage_of(record: Record, name: str) -> Mapping[str, Any]:
