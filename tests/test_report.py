@@ -17,6 +17,7 @@ from prune_jax.records import _headline
 from prune_jax.report import charts, dag, facts, page, write_report
 from tests import report_runs as runs
 
+WIDTHS = ["hidden_0.out neuron 120 of 300 left", "hidden_1.out neuron 25 of 100 left"]
 SECTIONS = ["results", "sparsity", "layers", "weights", "losses", "stages", "recipe", "versions"]
 RUNS = {
     "plain": runs.one_run,
@@ -252,6 +253,23 @@ def test_small_networks_that_are_sparse_too_are_told_so(made):
     assert page.headline(record)["text"] == "2.73 times smaller at accuracy 0.949 (−0.006)"
 
 
+def test_of_equally_small_rows_the_best_is_told_seeds_taken_together(made):
+    record = copy.deepcopy(made["compact"][1])
+    results, stages = record["results"], record["stages"]
+    rows = [("taylor", 0, 0.95), ("taylor", 1, 0.96), ("random", 0, 0.9), ("random", 1, 0.8)]
+    for name in ("compact", "finetune"):
+        result, stage = results.pop(name), stages.pop(name)
+        for criterion, seed, accuracy in rows:
+            words, row = f"[criterion={criterion},seed={seed}]", {"criterion": criterion, "seed": seed}
+            after = [a if a == "prune" else a + words for a in stage["after"]]
+            stages[name + words] = {**stage, "after": after, "row": row}
+            change = 0 if name == "finetune" else 0.01  # the last is told, not the best
+            results[name + words] = {**result, "accuracy": accuracy + change, "row": row}
+    told = page.headline(record)
+    assert told["text"] == "2.73 times smaller at accuracy 0.955 (±0.000)"
+    assert told["about"] == "finetune[criterion=taylor], mean of 2 seeds, the smallest of 5"
+
+
 def test_compact_networks_lie_where_their_weights_are_gone(made):
     store, record, html = made["compact"]
     series = {s.label: s for s in facts.series_of(store, record)}
@@ -266,6 +284,9 @@ def test_compact_networks_lie_where_their_weights_are_gone(made):
     assert "Size and accuracy" in shown
     assert shown.count("weights gone, % of the dense network's") == 2  # wide and narrow
     assert "Across: the share of the dense network's weights that is gone, masked or cut away." in shown
+    assert (
+        "Where two networks agree, as a masked one and the compact one cut from it, one star covers the other." in shown
+    )
     assert "accuracy against share of weights gone of dense, prune" in html
     for word in ("plain", "groups"):
         shown = words(Page(made[word][2]).texts["sparsity"])
@@ -289,6 +310,66 @@ def test_rounds_of_a_network_that_was_compact_before_begin_there(made, tmp_path)
     kernels = sum(layer["kernel"].size for layer in small["params"].values())  # biases are not prunable
     expected = [(1 - params / dense, 0.953), (1 - (params - 0.5 * kernels) / dense, 0.93)]
     np.testing.assert_allclose([p[:2] for p in again.lines[0]], expected)
+
+
+def test_layers_of_compact_networks_have_no_row(made):
+    record, html = copy.deepcopy(made["compact"][1]), made["compact"][2]
+    shown = words(Page(html).texts["layers"])
+    assert "hidden_0/kernel 784 × 300 60.0 % 94,080 of 235,200 left hidden_0/bias 300 60.0 % 120 of 300 left" in shown
+    assert "that is pruned in prune;" in shown
+    assert "94,080 of 94,080" not in shown
+    assert page.layers(record).networks == ("prune",)
+    del record["results"]["prune"]["layers"]
+    assert page.layers(record) is None
+
+
+def test_widths_are_those_of_the_compaction(made):
+    shown = words(Page(made["compact"][2]).texts["widths"])
+    assert shown.startswith(f"Widths before and after {' '.join(WIDTHS)} How many units")
+    assert "left after compact: the whole bar is the width before" in shown
+    assert "--w: 40.0%" in made["compact"][2]
+    assert "widths" not in Page(made["plain"][2]).texts
+
+
+def test_widths_of_masked_groups_are_those_of_the_last_kept_round(made):
+    store, record, html = made["groups"]
+    shown = words(Page(html).texts["widths"])
+    assert all(told.replace(" neuron", "") in shown for told in WIDTHS)
+    assert "left after prune:" in shown
+    assert facts.widths_of(store, record) == {"prune": record["stages"]["prune.2.mask"]["metrics"]["groups"]}
+
+
+def test_a_mask_stage_of_groups_has_widths_too(store):
+    metrics = {"groups": {"params/conv.out": {"dead": 3, "units": 8}}}
+    assert page.widths(store, {"stages": {"mask": runs.stage("mask", "m", "mask", metrics=metrics)}}).rows == {
+        "conv.out": ("", {"mask": (0.625, "5 of 8", "left")})
+    }
+
+
+def test_of_many_groups_those_are_shown_that_lost_most(made):
+    store, record, _ = made["compact"]
+    record = copy.deepcopy(record)
+    groups = {f"params/conv_{i}.out": {"dead": i, "units": 1000, "kind": "channel"} for i in range(30)}
+    record["stages"]["compact"]["metrics"]["groups"] = groups
+    shown = words(Page(page.page(store, record)).texts["widths"])
+    assert re.findall(r"conv_(\d+)\.out channel", shown) == [str(i) for i in range(6, 30)]
+    assert "Shown are the 24 groups that lost the largest share; 6 more are left out." in shown
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+def test_widths_of_a_matrix_stand_side_by_side(made, rows):
+    store, record, _ = made["compact"]
+    record = copy.deepcopy(record)
+    compact = record["stages"].pop("compact")
+    for i in range(rows):
+        metrics = {"groups": {"params/hidden_0.out": {"dead": i, "units": 10, "kind": "neuron"}}}
+        record["stages"][f"compact[seed={i}]"] = {**compact, "metrics": metrics}
+    shown = words(Page(page.page(store, record)).texts["widths"])
+    assert "after compact" not in shown
+    if rows == 2:
+        assert "hidden_0.out neuron 10 of 10 left 9 of 10 left compact[seed=0] compact[seed=1]" in shown
+    else:
+        assert "network hidden_0.out compact[seed=0] 10 of 10 compact[seed=1] 9 of 10" in shown
 
 
 def test_models_of_other_sizes_are_not_compact(made):
