@@ -41,29 +41,31 @@ def falling_losses(rng, steps, start, end):
 
 
 def result(params, masks, *, kind, key, metric=None, row=None):
-    layers, dead, prunable = {}, 0, 0
+    layers, dead, prunable, idle = {}, 0, 0, 0
     for name, layer in params.items():
         for leaf, values in layer.items():
-            alive = masks[name]["kernel"] if masks and leaf == "kernel" else np.ones(values.shape, bool)
+            masked = bool(masks) and leaf in masks[name]
+            alive = masks[name][leaf] if masked else np.ones(values.shape, bool)
             layers[f"{name}/{leaf}"] = {
                 "shape": list(values.shape),
                 "size": values.size,
                 "nonzero": int(alive.sum()),
-                "prunable": bool(masks) and leaf == "kernel",
+                "prunable": masked,
                 "sparsity": 1 - float(alive.mean()),
             }
             dead += int((~alive).sum())
-            prunable += values.size if leaf == "kernel" else 0
+            idle += int((~alive).sum()) if leaf == "kernel" else 0
+            prunable += values.size if masked else 0
     total = sum(v["size"] for v in layers.values())
     macs = sum(layer["kernel"].size for layer in params.values())
     return {
         **(metric or {}),
         "params": total,
         "nonzero": total - dead,
-        "sparsity": dead / prunable,
+        "sparsity": dead / prunable if prunable else 0.0,
         "sparsity_total": dead / total,
         "macs": macs,
-        "effective_macs": macs - dead,
+        "effective_macs": macs - idle,
         "bytes": 4 * total + 1800,
         "bytes_compressed": int(3.7 * (total - dead)) + 9000,
         "kind": kind,
@@ -266,6 +268,58 @@ def matrix_run(store: Store) -> str:
     }
     store.write_record(record("matrix", stages, results, recipe=recipe, seconds=clock + 7))
     return "matrix"
+
+
+LEFT = {"hidden_0": (300, 220, 120), "hidden_1": (100, 60, 25)}  # units before, after one round and after the other
+
+
+def compact_run(store: Store, *, cut=True, evaluated=("train", "prune", "compact", "finetune")) -> str:
+    """Train, two rounds of groups, the guard refusing a third; with `cut`, compact and fine-tune the small network."""
+    rng = np.random.default_rng(5)
+    dense = weights(rng)
+    store.write(Ref("train", "ct"), {"params": dense, "losses": falling_losses(rng, 700, 2.3, 0.01)}, {})
+    told = {"validation_accuracy": 0.956, "sparsity": 0.0}
+    stages = {"train": stage("train", "ct", "train · mlp", begin=0.5, seconds=6.0, metrics=told)}
+    networks, rounds, left, before = {"train": (dense, None)}, [], {n: u[0] for n, u in LEFT.items()}, "train"
+    for number, accuracy in enumerate((0.955, 0.950, 0.81), 1):
+        left = {name: units[number] if number < 3 else 1 for name, units in LEFT.items()}
+        outs = [np.arange(size) < left.get(name, size) for name, (_, size) in SHAPES.items()]
+        ins = [np.ones(784, bool), *outs[:-1]]
+        masks = {n: {"kernel": np.outer(i, o), "bias": o} for n, i, o in zip(SHAPES, ins, outs, strict=True)}
+        params = {n: {leaf: values * masks[n][leaf] for leaf, values in layer.items()} for n, layer in dense.items()}
+        if number < 3:
+            networks["prune"] = params, masks
+        metrics = {
+            "validation_accuracy": accuracy,
+            "sparsity": result(params, masks, kind="mask", key="")["sparsity"],
+            "groups": {f"params/{n}.out": {"dead": u[0] - left[n], "units": u[0]} for n, u in LEFT.items()},
+        }
+        name = f"prune.{number}.mask"
+        stages[name] = stage("mask", f"cm{number}", "mask", begin=6.0 + number, seconds=0.5, after=[before])
+        stages[name]["metrics"], before = metrics, name
+        fact = {"round": number, "level": None, "kind": "mask", "key": f"cm{number}", "kept": number < 3}
+        rounds.append({**fact, "metrics": {k: v for k, v in metrics.items() if k != "groups"}})
+    params, masks = networks["prune"]
+    store.write(Ref("prune", "cp"), {"params": params, "masks": masks}, {"facts": {"rounds": rounds, "message": ""}})
+    stages["prune"] = stage("prune", "cp", "prune · taylor", begin=9.6, seconds=0.1, after=["train"])
+    if cut:
+        keep = {n: np.ix_(masks[n]["kernel"].any(1), masks[n]["bias"]) for n in SHAPES}
+        small = {n: {"kernel": p["kernel"][keep[n]], "bias": p["bias"][masks[n]["bias"]]} for n, p in params.items()}
+        units = {n: {**g, "kind": "neuron"} for n, g in stages["prune.2.mask"]["metrics"]["groups"].items()}
+        for name, key, after in (("compact", "cc", "prune"), ("finetune", "cf", "compact")):
+            stages[name] = stage(name, key, name, begin=10.0, seconds=0.5, after=[after], metrics={"sparsity": 0.0})
+            store.write(Ref(name, key), {"params": small, "losses": falling_losses(rng, 90, 0.3, 0.02)}, {})
+            networks[name] = small, None
+        stages["compact"]["metrics"]["groups"] = units
+    stages["evaluate"] = stage("evaluate", "ce", "evaluate", begin=11.0, seconds=1.0, after=[*networks])
+    accuracies = {"train": 0.955, "prune": 0.949, "compact": 0.949, "finetune": 0.952}
+    results = {
+        name: result(*network, kind=name, key=stages[name]["key"], metric={"accuracy": accuracies[name], "loss": 0.2})
+        for name, network in networks.items()
+        if name in evaluated
+    }
+    store.write_record(record("compact", stages, results, seconds=12.5))
+    return "compact"
 
 
 def search_run(store: Store) -> str:

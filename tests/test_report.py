@@ -13,14 +13,18 @@ import pytest
 from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
 from prune_jax.recipe import Ref
+from prune_jax.records import _headline
 from prune_jax.report import charts, dag, facts, page, write_report
 from tests import report_runs as runs
 
+WIDTHS = ["hidden_0.out neuron 120 of 300 left", "hidden_1.out neuron 25 of 100 left"]
 SECTIONS = ["results", "sparsity", "layers", "weights", "losses", "stages", "recipe", "versions"]
 RUNS = {
     "plain": runs.one_run,
     "breached": lambda store: runs.one_run(store, breach=True),
     "matrix": runs.matrix_run,
+    "compact": runs.compact_run,
+    "groups": lambda store: runs.compact_run(store, cut=False),
     "search": runs.search_run,
     "failed": runs.failed_run,
 }
@@ -218,6 +222,166 @@ def test_one_shot_prunings_of_a_matrix_make_one_line(made):
     taylor = next(s for s in facts.series_of(store, record) if s.label == "criterion=taylor")
     np.testing.assert_allclose([p[:2] for p in taylor.lines[0]], [(0, 0.981), (0.8, 0.6), (0.9, 0.55), (0.95, 0.525)])
     assert len(taylor.lines) == 1
+
+
+def test_a_compact_run_is_told_by_its_smallest_network(made):
+    _, record, html = made["compact"]
+    texts = {k: words(v) for k, v in Page(html).texts.items()}
+    dense, small = (record["results"][name]["params"] for name in ("train", "finetune"))
+    assert dense / small == pytest.approx(266610 / 97485)
+    assert "2.73 times smaller at accuracy 0.952 (−0.003)" in texts[""]
+    assert "finetune, the smallest of 3" in texts[""]
+    assert f"parameters {dense:,} {dense:,} ×1.00 {small:,} ×0.366 {small:,} ×0.366" in texts["results"]
+    assert "a compact network, whose pruned weights are cut away, has none of it" in texts["results"]
+    assert "compact network" not in Page(made["groups"][2]).texts["results"]
+
+
+@pytest.mark.parametrize("word", ["compact", "groups"])
+def test_the_terminal_and_the_report_tell_of_the_same_network(made, word):
+    record = made[word][1]
+    told = _headline(record["stages"], record["results"])
+    shown = page.headline(record)["text"].replace("−", "-")
+    assert shown.partition(" at ")[0] == told.partition(" at ")[0]
+    assert re.findall(r"accuracy \S+ \(\S+\)", shown) == re.findall(r"accuracy \S+ \(\S+\)", told)
+
+
+def test_small_networks_that_are_sparse_too_are_told_so(made):
+    record = copy.deepcopy(made["compact"][1])
+    record["results"]["finetune"] |= {"sparsity": 0.5, "nonzero": record["results"]["finetune"]["nonzero"] // 2}
+    assert page.headline(record)["text"] == "2.73 times smaller, 50 % sparse at accuracy 0.952 (−0.003)"
+    record["results"]["compact"] |= {"nonzero": 9}  # as few parameters, fewer of them not zero
+    assert page.headline(record)["text"] == "2.73 times smaller at accuracy 0.949 (−0.006)"
+
+
+def test_of_equally_small_rows_the_best_is_told_seeds_taken_together(made):
+    record = copy.deepcopy(made["compact"][1])
+    results, stages = record["results"], record["stages"]
+    rows = [("taylor", 0, 0.95), ("taylor", 1, 0.96), ("random", 0, 0.9), ("random", 1, 0.8)]
+    for name in ("compact", "finetune"):
+        result, stage = results.pop(name), stages.pop(name)
+        for criterion, seed, accuracy in rows:
+            words, row = f"[criterion={criterion},seed={seed}]", {"criterion": criterion, "seed": seed}
+            after = [a if a == "prune" else a + words for a in stage["after"]]
+            stages[name + words] = {**stage, "after": after, "row": row}
+            change = 0 if name == "finetune" else 0.01  # the last is told, not the best
+            results[name + words] = {**result, "accuracy": accuracy + change, "row": row}
+    told = page.headline(record)
+    assert told["text"] == "2.73 times smaller at accuracy 0.955 (±0.000)"
+    assert told["about"] == "finetune[criterion=taylor], mean of 2 seeds, the smallest of 5"
+
+
+def test_compact_networks_lie_where_their_weights_are_gone(made):
+    store, record, html = made["compact"]
+    series = {s.label: s for s in facts.series_of(store, record)}
+    dense = record["results"]["train"]["params"]
+    gone = 1 - record["results"]["compact"]["params"] / dense
+    np.testing.assert_allclose(series["dense"].tests[0][:2], (0, 0.955))
+    for name, accuracy in (("prune", 0.949), ("compact", 0.949), ("finetune", 0.952)):
+        np.testing.assert_allclose([p[:2] for p in series[name].tests], [(gone, accuracy)])
+    first = 1 - (784 * 220 + 220 * 60 + 60 * 10 + 220 + 60 + 10) / dense
+    np.testing.assert_allclose([p[:2] for p in series["prune"].lines[0]], [(0, 0.956), (first, 0.955), (gone, 0.95)])
+    shown = words(Page(html).texts["sparsity"])
+    assert "Size and accuracy" in shown
+    assert shown.count("weights gone, % of the dense network's") == 2  # wide and narrow
+    assert "Across: the share of the dense network's weights that is gone, masked or cut away." in shown
+    assert (
+        "Where two networks agree, as a masked one and the compact one cut from it, one star covers the other." in shown
+    )
+    assert "accuracy against share of weights gone of dense, prune" in html
+    for word in ("plain", "groups"):
+        shown = words(Page(made[word][2]).texts["sparsity"])
+        assert "Sparsity and accuracy" in shown
+        assert "sparsity, % of prunable weights" in shown
+        assert "gone" not in shown
+
+
+def test_rounds_of_a_network_that_was_compact_before_begin_there(made, tmp_path):
+    source, record, _ = made["compact"]
+    record, store = copy.deepcopy(record), Store(tmp_path / "again")
+    small, _ = source.read(Ref("finetune", "cf"))
+    masks = runs.magnitude_masks(small["params"], 0.5)
+    metrics = {"validation_accuracy": 0.93, "sparsity": 0.5}
+    rounds = [{"round": 1, "level": 0.5, "kind": "mask", "key": "m", "kept": True, "metrics": metrics}]
+    store.write(Ref("prune", "again"), {"params": small["params"], "masks": masks}, {"facts": {"rounds": rounds}})
+    record["stages"]["finetune"]["metrics"]["validation_accuracy"] = 0.953
+    record["stages"]["again"] = runs.stage("prune", "again", "prune", after=["finetune"])
+    again = next(s for s in facts.series_of(store, record) if s.label == "again")
+    dense, params = (record["results"][name]["params"] for name in ("train", "finetune"))
+    kernels = sum(layer["kernel"].size for layer in small["params"].values())  # biases are not prunable
+    expected = [(1 - params / dense, 0.953), (1 - (params - 0.5 * kernels) / dense, 0.93)]
+    np.testing.assert_allclose([p[:2] for p in again.lines[0]], expected)
+
+
+def test_layers_of_compact_networks_have_no_row(made):
+    record, html = copy.deepcopy(made["compact"][1]), made["compact"][2]
+    shown = words(Page(html).texts["layers"])
+    assert "hidden_0/kernel 784 × 300 60.0 % 94,080 of 235,200 left hidden_0/bias 300 60.0 % 120 of 300 left" in shown
+    assert "that is pruned in prune;" in shown
+    assert "94,080 of 94,080" not in shown
+    assert page.layers(record).networks == ("prune",)
+    del record["results"]["prune"]["layers"]
+    assert page.layers(record) is None
+
+
+def test_widths_are_those_of_the_compaction(made):
+    shown = words(Page(made["compact"][2]).texts["widths"])
+    assert shown.startswith(f"Widths before and after {' '.join(WIDTHS)} How many units")
+    assert "left after compact: the whole bar is the width before" in shown
+    assert "--w: 40.0%" in made["compact"][2]
+    assert "widths" not in Page(made["plain"][2]).texts
+
+
+def test_widths_of_masked_groups_are_those_of_the_last_kept_round(made):
+    store, record, html = made["groups"]
+    shown = words(Page(html).texts["widths"])
+    assert all(told.replace(" neuron", "") in shown for told in WIDTHS)
+    assert "left after prune:" in shown
+    assert facts.widths_of(store, record) == {"prune": record["stages"]["prune.2.mask"]["metrics"]["groups"]}
+
+
+def test_a_mask_stage_of_groups_has_widths_too(store):
+    metrics = {"groups": {"params/conv.out": {"dead": 3, "units": 8}}}
+    assert page.widths(store, {"stages": {"mask": runs.stage("mask", "m", "mask", metrics=metrics)}}).rows == {
+        "conv.out": ("", {"mask": (0.625, "5 of 8", "left")})
+    }
+
+
+def test_of_many_groups_those_are_shown_that_lost_most(made):
+    store, record, _ = made["compact"]
+    record = copy.deepcopy(record)
+    groups = {f"params/conv_{i}.out": {"dead": i, "units": 1000, "kind": "channel"} for i in range(30)}
+    record["stages"]["compact"]["metrics"]["groups"] = groups
+    shown = words(Page(page.page(store, record)).texts["widths"])
+    assert re.findall(r"conv_(\d+)\.out channel", shown) == [str(i) for i in range(6, 30)]
+    assert "Shown are the 24 groups that lost the largest share; 6 more are left out." in shown
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+def test_widths_of_a_matrix_stand_side_by_side(made, rows):
+    store, record, _ = made["compact"]
+    record = copy.deepcopy(record)
+    compact = record["stages"].pop("compact")
+    for i in range(rows):
+        metrics = {"groups": {"params/hidden_0.out": {"dead": i, "units": 10, "kind": "neuron"}}}
+        record["stages"][f"compact[seed={i}]"] = {**compact, "metrics": metrics}
+    shown = words(Page(page.page(store, record)).texts["widths"])
+    assert "after compact" not in shown
+    if rows == 2:
+        assert "hidden_0.out neuron 10 of 10 left 9 of 10 left compact[seed=0] compact[seed=1]" in shown
+    else:
+        assert "network hidden_0.out compact[seed=0] 10 of 10 compact[seed=1] 9 of 10" in shown
+
+
+def test_models_of_other_sizes_are_not_compact(made):
+    """A matrix over widths has networks of fewer parameters that nobody cut."""
+    record = copy.deepcopy(made["matrix"][1])
+    for name in list(record["results"]):
+        if name.startswith("train"):
+            del record["results"][name]
+        elif "seed=1" in name:
+            record["results"][name]["params"] //= 2
+    assert not facts.has_compact(record)
+    assert " % sparse at " in page.headline(record)["text"]
 
 
 def test_histograms_count_every_survivor(made):

@@ -49,7 +49,14 @@ def colour(index: int) -> str:
 
 
 def sparsity_chart(
-    series: Sequence[Series], metric: str, *, width: int, height: int, floor: float | None, direct: bool
+    series: Sequence[Series],
+    metric: str,
+    *,
+    width: int,
+    height: int,
+    floor: float | None,
+    direct: bool,
+    compact: bool = False,
 ) -> Markup:
     """The metric against sparsity, high sparsities pulled apart.
 
@@ -60,6 +67,7 @@ def sparsity_chart(
         height: likewise.
         floor: the guard's limit.
         direct: whether lines are labelled at their ends; if not, the page has a legend.
+        compact: whether `sparsity` is a share of the dense network's weights instead of the prunable ones.
     """
     colours = _colours(series)
     dense = [p for s in series if s.label == "dense" for p in s.tests]
@@ -95,13 +103,15 @@ def sparsity_chart(
         if metric != "accuracy" and min(values) > 0 and max(values) > 100 * min(values):
             _log_axis(axes)
         _sparsity_axis(axes, top)
+        axes.set_xlabel("weights gone, % of the dense network's" if compact else "sparsity, % of prunable weights")
         axes.margins(y=0.12)
         axes.set_ylabel(metric)
         if direct:
             _label_ends(axes, series, colours)
 
     names = ", ".join(s.label for s in series)
-    return _svg(draw, f"sparsity {width}", f"{metric} against sparsity of {names}", width, height)
+    across = "share of weights gone" if compact else "sparsity"
+    return _svg(draw, f"sparsity {width}", f"{metric} against {across} of {names}", width, height)
 
 
 def histogram_chart(layer: Histogram, dense: str | None, networks: Sequence[str]) -> Markup:
@@ -186,7 +196,7 @@ def _log_axis(axes: Axes) -> None:
 
 
 def _sparsity_axis(axes: Axes, top: float) -> None:
-    """Sparsity in percent; from 80 % on a log scale of what is left, so that 90, 95 and 99 % stand apart."""
+    """Percent; from 80 % on a log scale of what is left, so that 90, 95 and 99 % stand apart."""
     ticks = [0.0, 0.2, 0.4, 0.6, 0.8]
     if top >= 0.8:
         axes.set_xscale("function", functions=(_pulled_apart, lambda z: 1 - np.exp(-np.asarray(z))))
@@ -196,7 +206,6 @@ def _sparsity_axis(axes: Axes, top: float) -> None:
         ticks = [t for t in ticks if t <= top + 0.1]
     axes.set_xticks(ticks, [f"{100 * t:g}" for t in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("sparsity, % of prunable weights")
 
 
 def _pulled_apart(sparsity: Any) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -118,6 +118,54 @@ def _word(value: Any) -> str:
     return "-".join(map(_word, value)) if isinstance(value, list) else str(value)
 
 
+def lineage(record: Record, name: str) -> list[str]:
+    """A stage and those from which it descends."""
+    stages = record.get("stages", {})
+    seen: list[str] = []
+    ahead = [name]
+    while ahead:
+        here = ahead.pop()
+        if here in stages and here not in seen:
+            seen.append(here)
+            ahead += stages[here].get("after", [])
+    return seen
+
+
+def dense_params(record: Record, name: str) -> int | None:
+    """How many parameters a network had before anything was cut away: those of its largest evaluated forebear."""
+    results = record.get("results", {})
+    family = {name, dense_of(record, name), *lineage(record, name)}
+    return max((r["params"] for n, r in results.items() if n in family and "params" in r), default=None)
+
+
+def times_smaller(record: Record, name: str) -> float:
+    """Dense parameters by the parameters of an evaluated network, 1 unless it descends from a compaction."""
+    result, stages = record["results"][name], record.get("stages", {})
+    compacted = result.get("kind") == "compact" or any(stages[n]["kind"] == "compact" for n in lineage(record, name))
+    dense = dense_params(record, name)
+    return dense / result["params"] if compacted and dense and result.get("params") else 1.0
+
+
+def has_compact(record: Record) -> bool:
+    """Whether any evaluated network has fewer parameters than the dense one: sparsity does not tell its size."""
+    return any(times_smaller(record, name) > 1 for name in record.get("results", {}))
+
+
+def extents(record: Record) -> dict[str, float]:
+    """How far each evaluated network is pruned: its sparsity; in a run with compact networks, the share that is gone.
+
+    The share is `1 - nonzero / dense parameters`, whether weights are masked or cut away.
+    """
+    results = record.get("results", {})
+    found = {name: result.get("sparsity", 0.0) for name, result in results.items()}
+    if has_compact(record):
+        for name, result in results.items():
+            dense = dense_params(record, name)
+            if result.get("kind") != "train" and dense and "nonzero" in result:
+                found[name] = 1 - result["nonzero"] / dense
+    return found
+
+
 def rounds_of(store: Store, record: Record, name: str) -> list[dict[str, Any]]:
     """The rounds of a prune stage; of one that failed, those that its turns tell of."""
     stages = record["stages"]
@@ -138,6 +186,28 @@ def rounds_of(store: Store, record: Record, name: str) -> list[dict[str, Any]]:
     return list(last.values())
 
 
+def widths_of(store: Store, record: Record) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The groups of units by stage, `{"dead", "units"}` each, and `"kind"` where it is known.
+
+    Those of the compactions; of a run that has none, those of the last mask that each pruning kept.
+    """
+    stages = record["stages"]
+    groups = {n: found for n, s in stages.items() if (found := (s.get("metrics") or {}).get("groups"))}
+    compact = {n: found for n, found in groups.items() if stages[n]["kind"] == "compact"}
+    if compact:
+        return compact
+    kept = {}
+    for name, stage in stages.items():
+        if stage["kind"] == "prune":
+            rounds = [r["round"] for r in rounds_of(store, record, name) if r.get("kept", True)]
+            last = f"{name}.{rounds[-1]}.mask" if rounds else name
+        else:
+            last = name if stage["kind"] == "mask" and owner(name, stages) is None else ""
+        if last in groups:
+            kept[name] = groups[last]
+    return kept
+
+
 def search_of(store: Store, record: Record) -> dict[str, dict[str, Any]]:
     """The searches of the run by stage: `{"metric", "over", "table", "chosen"}`."""
     found = {}
@@ -152,18 +222,22 @@ def search_of(store: Store, record: Record) -> dict[str, dict[str, Any]]:
 def series_of(store: Store, record: Record) -> list[Series]:
     """The chosen metric against sparsity, the dense networks first; one series for each group of a matrix.
 
+    In a run with compact networks, against the share of the dense network's weights that is gone (see `extents`).
     Over seeds the points are means with their range. A matrix over sparsity of one-shot prunings makes one line.
     """
     metric, stages, results = primary_metric(record), record["stages"], record.get("results", {})
     names = [n for n, s in stages.items() if s["kind"] == "prune"]
     pruned = [n for n, r in results.items() if r.get("kind") != "train"]
+    extent, compact = extents(record), has_compact(record)
     found: dict[str, Series] = {}
     climbs: dict[tuple[str, Any], dict[Any, list[tuple[float, float]]]] = {}
     breaches: dict[tuple[str, Any], list[tuple[float, float]]] = {}
     for name in names:
         row = stages[name].get("row") or {}
         place = (group_of(name, row, siblings=[*names, *pruned]), words_of(row).get("sparsity"))
+        gone = _share_gone(store, record, name) if compact else (lambda sparsity: sparsity)
         for step, sparsity, value, kept in _climb(store, record, name, f"validation_{metric}"):
+            sparsity = gone(sparsity)
             if kept:
                 climbs.setdefault(place, {}).setdefault(step, []).append((sparsity, value))
             else:
@@ -188,7 +262,7 @@ def series_of(store: Store, record: Record) -> list[Series]:
             else (group_of(name, row, siblings=[*names, *pruned]), words_of(row).get("sparsity"))
         )
         if metric in result:
-            tests.setdefault(place, []).append((result.get("sparsity", 0.0), result[metric]))
+            tests.setdefault(place, []).append((extent[name], result[metric]))
     for (label, _), pairs in tests.items():
         found.setdefault(label, Series(label)).tests.append(_mean(pairs))
     return sorted(found.values(), key=lambda s: s.label != "dense")
@@ -209,13 +283,35 @@ def _climb(store: Store, record: Record, name: str, metric: str) -> list[tuple[A
     return points if len(points) > 1 else []
 
 
+def _share_gone(store: Store, record: Record, name: str) -> Callable[[float], float]:
+    """From the sparsity of a prune stage's masks to the share of the dense network's weights that is gone.
+
+    With P weights of which M are prunable, out of D of the dense network: `1 - (P - sparsity * M) / D`.
+    """
+    result = record["results"].get(name)
+    if result and result.get("layers"):
+        params, prunable = result["params"], sum(v["size"] for v in result["layers"].values() if v.get("prunable"))
+    else:
+        arrays = Arrays(store).read(record["stages"][name]["kind"], record["stages"][name]["key"])
+        sizes = {k: sum(np.size(v) for v in leaves_by_path(arrays.get(k) or {}).values()) for k in ("params", "masks")}
+        params, prunable = sizes["params"], sizes["masks"]
+    dense = dense_params(record, name)
+    if not (params and prunable and dense):
+        return lambda sparsity: sparsity
+    return lambda sparsity: 1 - (params - sparsity * prunable) / dense
+
+
 def _mean(pairs: list[tuple[float, float]]) -> Point:
     values = [value for _, value in pairs]
     return Point(fmean(s for s, _ in pairs), fmean(values), min(values), max(values))
 
 
 def best_of(record: Record) -> dict[str, Any] | None:
-    """The sparsest pruned networks, seeds taken together; of equally sparse ones the best by the metric."""
+    """The smallest pruned networks, seeds taken together: `smaller` times smaller than the dense one.
+
+    Few parameters come first, then few that are not zero, then the later stage. Where no network has fewer parameters
+    than the dense one, the sparsest; of equals the best by the metric.
+    """
     metric = primary_metric(record)
     results = record.get("results", {})
     groups: dict[tuple[str, str], list[str]] = {}
@@ -224,6 +320,7 @@ def best_of(record: Record) -> dict[str, Any] | None:
             row = {k: v for k, v in words_of(result.get("row") or {}).items() if k != "seed"}
             groups.setdefault((base_name(name), str(row)), []).append(name)
     found: list[dict[str, Any]] = []
+    extent, bases = extents(record), list(dict.fromkeys(base for base, _ in groups))
     for (base, _), names in groups.items():
         words = [f"{k}={_word(v)}" for k, v in words_of(results[names[0]].get("row") or {}).items() if k != "seed"]
         pairs = [(results[n][metric], results[d][metric]) for n in names if (d := dense_of(record, n))]
@@ -237,9 +334,14 @@ def best_of(record: Record) -> dict[str, Any] | None:
                 "difference": fmean(a - b for a, b in pairs) if pairs else None,
                 "dense": fmean(b for _, b in pairs) if pairs else None,
                 "of": len(groups),
+                "smaller": 1 / fmean(1 / times_smaller(record, n) for n in names),
+                "left": fmean(1 - extent[n] for n in names),
+                "stage": bases.index(base),
             }
         )
     sign = 1 if metric in HIGHER_IS_BETTER else -1
+    if any(g["smaller"] > 1 for g in found):
+        return max(found, key=lambda g: (g["smaller"], -g["left"], g["stage"], sign * g["value"]))
     return max(found, key=lambda g: (round(g["sparsity"], 3), sign * g["value"]), default=None)
 
 
@@ -250,9 +352,10 @@ def shown_networks(record: Record) -> list[str]:
     if len(pruned) <= SHOWN_NETWORKS:
         return pruned
     chosen: dict[str, str] = {}
+    extent = extents(record)
     for name in pruned:
         group = group_of(name, results[name].get("row") or {}, siblings=pruned)
-        if group not in chosen or results[name]["sparsity"] > results[chosen[group]]["sparsity"] + 1e-3:
+        if group not in chosen or extent[name] > extent[chosen[group]] + 1e-3:
             chosen[group] = name
     return list(chosen.values())[:SHOWN_NETWORKS]
 

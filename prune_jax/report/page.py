@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -16,6 +17,7 @@ from prune_jax.report import charts, dag, facts, tables
 from prune_jax.report.tables import Record
 
 FILES = resources.files("prune_jax.report")
+SHOWN_GROUPS = 24
 
 
 def page(store: Store, record: Record) -> str:
@@ -35,11 +37,13 @@ def page(store: Store, record: Record) -> str:
         record=record,
         css=Markup((FILES / "page.css").read_text("utf-8")),
         headline=headline(record),
+        compact=facts.has_compact(record),
         messages=messages(record),
         results=tables.results_table(record),
         notes=sorted({n for r in record["results"].values() for n in r.get("notes", [])}),
         sparsity=_sparsity(store, record),
         layers=layers(record),
+        widths=widths(store, record),
         weights=_weights(arrays, record, networks),
         losses=_losses(arrays, record, networks),
         searches=facts.search_of(store, record),
@@ -71,8 +75,11 @@ def headline(record: Record) -> dict[str, str]:
         versus = tables.signed(best["difference"], 3) if metric == "accuracy" else by_ratio
     about = [f"mean of {len(best['names'])} seeds"] if len(best["names"]) > 1 else []
     if best["of"] > 1:
-        about = [best["name"], *about, f"the sparsest of {best['of']}"]
-    text = f"{_rounded(best['sparsity'])} % sparse at {metric} {_value(metric, best['value'])}"
+        about = [best["name"], *about, f"the {'smallest' if best['smaller'] > 1 else 'sparsest'} of {best['of']}"]
+    sparse = f"{_rounded(best['sparsity'])} % sparse"
+    if best["smaller"] > 1:
+        sparse = f"{best['smaller']:.3g} times smaller" + (f", {sparse}" if best["sparsity"] else "")
+    text = f"{sparse} at {metric} {_value(metric, best['value'])}"
     return {"text": text + (f" ({versus})" if versus else ""), "about": ", ".join(about)}
 
 
@@ -102,14 +109,68 @@ def messages(record: Record) -> list[tuple[str, str, str]]:
     return sorted(told, key=lambda m: order[m[1]])
 
 
-def layers(record: Record) -> dict[str, Any] | None:
-    """The sparsity of each prunable layer of each pruned network."""
-    pruned = {n: r for n, r in record["results"].items() if r.get("kind") != "train" and r.get("layers")}
-    paths = dict.fromkeys(p for r in pruned.values() for p, layer in r["layers"].items() if layer.get("prunable"))
+class Share(NamedTuple):
+    """One bar: how much of it is filled, and what is told beside it."""
+
+    fraction: float
+    text: str
+    note: str
+
+
+class Bars(NamedTuple):
+    """Rows of bars, one bar for each network."""
+
+    networks: tuple[str, ...]
+    rows: dict[str, tuple[str, dict[str, Share]]]  # name -> what else is known of it, network -> bar
+    left_out: int = 0
+
+    @property
+    def many(self) -> bool:
+        """Whether each network is better given a row of a table."""
+        return len(self.networks) > tables.MANY
+
+
+def layers(record: Record) -> Bars | None:
+    """The sparsity of each prunable layer of each network with masks; those of compact networks are gone."""
+    told = {n: r["layers"] for n, r in record["results"].items() if r.get("kind") != "train" and r.get("layers")}
+    pruned = {n: found for n, found in told.items() if any(layer.get("prunable") for layer in found.values())}
+    paths = dict.fromkeys(p for found in pruned.values() for p, layer in found.items() if layer.get("prunable"))
     if not paths:
         return None
-    cells = {p: {n: r["layers"][p] for n, r in pruned.items() if p in r["layers"]} for p in paths}
-    return {"networks": list(pruned), "cells": cells, "many": len(pruned) > tables.MANY}
+    rows = {}
+    for path in paths:
+        of = {name: found[path] for name, found in pruned.items() if path in found}
+        bars = {
+            name: Share(v["sparsity"], tables.percent(v["sparsity"]), f"{v['nonzero']:,} of {v['size']:,} left")
+            for name, v in of.items()
+        }
+        rows[path] = " × ".join(map(str, next(iter(of.values()))["shape"])), bars
+    return Bars(tuple(pruned), rows)
+
+
+def widths(store: Store, record: Record) -> Bars | None:
+    """How many units of each group are left; of many groups, those that lost the largest share."""
+    stages = facts.widths_of(store, record)
+    kinds: dict[str, str] = {}
+    lost: dict[str, float] = {}
+    for groups in stages.values():
+        for name, group in groups.items():
+            kinds[name] = group.get("kind") or kinds.get(name, "")
+            lost[name] = max(lost.get(name, 0.0), group["dead"] / group["units"])
+    most = set(sorted(lost, key=lambda name: -lost[name])[:SHOWN_GROUPS])
+    rows = {
+        name.removeprefix("params/"): (
+            kinds[name],
+            {stage: _width(**groups[name]) for stage, groups in stages.items() if name in groups},
+        )
+        for name in lost
+        if name in most
+    }
+    return Bars(tuple(stages), rows, len(lost) - len(rows)) if rows else None
+
+
+def _width(dead: int, units: int, kind: str = "") -> Share:
+    return Share(1 - dead / units, f"{units - dead:,} of {units:,}", "left")
 
 
 def _sparsity(store: Store, record: Record) -> dict[str, Any] | None:
@@ -120,9 +181,14 @@ def _sparsity(store: Store, record: Record) -> dict[str, Any] | None:
     floor = _floor(record, metric)
     pruned = [s for s in series if s.label != "dense"]
     direct = len(pruned) <= 6 and all(len(s.label) <= 24 for s in pruned)
+    compact = facts.has_compact(record)
+    stars = [p[:2] for s in series for p in s.tests]
+    chart = partial(charts.sparsity_chart, series, metric, floor=floor, compact=compact)
     return {
-        "wide": charts.sparsity_chart(series, metric, width=960, height=380, floor=floor, direct=direct),
-        "narrow": charts.sparsity_chart(series, metric, width=340, height=280, floor=floor, direct=False),
+        "wide": chart(width=960, height=380, direct=direct),
+        "narrow": chart(width=340, height=280, direct=False),
+        "compact": compact,
+        "covered": compact and len({(round(x, 3), round(y, 3)) for x, y in stars}) < len(stars),
         "legend": charts.series_colours(series),
         "direct": direct,
         "metric": metric,
@@ -156,15 +222,7 @@ def _floor(record: Record, metric: str) -> float | None:
 
 def _ancestors(record: Record, name: str) -> list[str]:
     """The trainings from which a stage descends."""
-    seen: list[str] = []
-    ahead = [name]
-    while ahead:
-        here = ahead.pop()
-        stage = record["stages"].get(here)
-        if stage and here not in seen:
-            seen.append(here)
-            ahead += stage.get("after", [])
-    return [n for n in seen if record["stages"][n]["kind"] == "train"]
+    return [n for n in facts.lineage(record, name) if record["stages"][n]["kind"] == "train"]
 
 
 def _stage_of(record: Record, name: str) -> Mapping[str, Any]:
