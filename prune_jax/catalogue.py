@@ -13,6 +13,7 @@ SCOPES = {
     "global": ("all layers compete", ""),
     "layer": ("each layer loses the same share", ""),
     "erk": ("density of a layer ∝ sum(shape) / prod(shape)", "Evci et al. 2020, arXiv:1911.11134"),
+    "isomorphic": ("groups that do the same in different places compete", "Fang et al. 2024, arXiv:2407.04616"),
     "{pattern: sparsity}": ("each layer has its own sparsity; first pattern that fits", ""),
 }
 TARGETS = {
@@ -21,6 +22,8 @@ TARGETS = {
     "threshold": "scores below it die",
     "statistic": "scores below their mean or median die",
     "percentile": "scores below this percentile die",
+    "params": "groups: so large a share of the parameters is left",
+    "macs": "groups: so large a share of the multiplications is left",
 }
 SCHEDULES = {
     "one_shot": ("all at once", ""),
@@ -33,6 +36,7 @@ SCHEDULES = {
 GRANULARITIES = {
     "weight": "each weight by itself",
     "neuron": "the incoming weights of a unit, and its bias",
+    "group": "channels, neurons, heads, widths: what the network's wiring ties; `compact` takes them away",
 }
 
 

@@ -102,7 +102,7 @@ EXACT = [
         "stages/train/kind",
         "trian",
         "stages.train.kind = 'trian': is not known; did you mean 'train'? "
-        "(allowed: train, score, mask, finetune, prune, compact, evaluate)",
+        "(allowed: train, score, mask, finetune, prune, compact, export, evaluate)",
     ),
     (
         "stages/train/optimizer",
