@@ -62,9 +62,33 @@ def score_groups(
         found = unit_taylor(lambda tree: _sums(groups, prefix, tree), loss, params, batches, prunable=paths)
         return {name: np.asarray(values) for name, values in jax.device_get(found).items()}
     options = dict(options or {})
+    if criterion.combine.startswith("unit"):
+        return _of_units(criterion, groups, params, prefix, loss, batches, options)
     scores = score(criterion, params, loss=loss, batches=batches, exclude=exclude, key=key, options=options)
     named = {f"{prefix}{path}": leaf for path, leaf in leaves_by_path(scores).items()}
     return net.unit_scores(named, groups=groups, combine=criterion.combine_with(options))
+
+
+def _of_units(
+    criterion: Criterion,
+    groups: Mapping[str, Group],
+    params: PyTree,
+    prefix: str,
+    loss: Loss | None,
+    batches: Iterable[PyTree] | None,
+    options: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    leaves = {f"{prefix}{path}": leaf for path, leaf in leaves_by_path(params).items()}
+    if criterion.data_free:
+        return criterion.function(groups, leaves, **options)
+    if loss is None or batches is None:
+        raise UserMistake(f"criterion {criterion.name!r} needs the loss: give loss= and batches=.")
+    structure = jax.tree.structure(params)
+
+    def of_leaves(flat: Mapping[str, Any], batch: PyTree) -> jax.Array:
+        return loss(jax.tree.unflatten(structure, [flat[path] for path in leaves]), batch)
+
+    return criterion.function(groups, leaves, loss=of_leaves, batches=batches, **options)
 
 
 def _paths(group: Group) -> set[str]:

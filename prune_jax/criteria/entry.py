@@ -32,13 +32,14 @@ class Criterion:
     needs_if: Mapping[str, frozenset[str]] = field(default_factory=dict)  # needed instead where that option is set
     granularities: tuple[str, ...] = ("weight", "neuron", "group")
     # Of a unit's scores, as in granularity.unit_scores. "p": the norm that the option p names; "square of sum": mean
-    # over batches of (sum g w)^2, whatever the function makes of single weights.
+    # over batches of (sum g w)^2, whatever the function makes of single weights. "unit": the function scores units,
+    # `function(groups, leaves, **options)`, see criteria.units; "unit and loss": it takes `loss` and `batches`, too.
     combine: str = "sum"
 
     @property
     def data_free(self) -> bool:
         """Whether it looks at the weights alone."""
-        return not self.needs
+        return not self.needs and self.combine != "unit and loss"
 
     @property
     def stochastic(self) -> bool:
@@ -49,7 +50,7 @@ class Criterion:
     def options(self) -> dict[str, Any]:
         """Its options and their defaults."""
         parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "key"}
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OURS}
 
     def needs_with(self, options: Mapping[str, Any]) -> frozenset[str]:
         """The fields of Statistics that it needs under these options."""
@@ -58,7 +59,7 @@ class Criterion:
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses options that it does not take, and values of another kind than the default's."""
         try:
-            check_arguments(self.function, options, ours=("params", "stats", "key"))
+            check_arguments(self.function, options, ours=("params", "stats", "groups", "leaves", *OURS))
         except UserMistake as mistake:
             raise UserMistake(f"criterion {self.name!r}: {mistake}") from None
         for name, value in options.items():
@@ -76,6 +77,7 @@ class Criterion:
         return self.function(*args, **options)
 
 
+OURS = ("key", "loss", "batches")  # what a criterion is given, and no option
 NORMS = {1: "sum", 2: "l2", float("inf"): "max", "inf": "max"}
 
 
