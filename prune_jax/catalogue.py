@@ -24,6 +24,7 @@ TARGETS = {
     "percentile": "scores below this percentile die",
     "params": "groups: so large a share of the parameters is left",
     "macs": "groups: so large a share of the multiplications is left",
+    "latency": "groups: it takes so large a share of the time, measured on this machine by bisection",
 }
 SCHEDULES = {
     "one_shot": ("all at once", ""),

@@ -124,9 +124,15 @@ def _headline(stages: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         return did
     if any(result["row"] for result in results.values()):
         return f"{len(results)} networks evaluated; {did}"
-    dense = max(results.values(), key=lambda r: r["nonzero"])
-    small = min(reversed(list(results.values())), key=lambda r: (r["params"], r["nonzero"]))
-    metric = next((m for m in ("accuracy", "mse") if m in small), "loss")
+    largest = max(results.values(), key=lambda r: r["nonzero"])
+    dense = next((r for r in results.values() if r["kind"] == "train"), largest)
+    metric = next((m for m in ("accuracy", "mse") if m in dense), "loss")
+    sign = -1 if metric == "accuracy" else 1  # of networks of one size, the best
+    small = min(
+        (r for r in results.values() if r is not dense),
+        key=lambda r: (r["params"], round(r["nonzero"] / max(r["params"], 1), 3), sign * r[metric]),
+        default=dense,
+    )
     change = small[metric] - dense[metric]
     size = f"{100 * small['sparsity']:.3g} % sparse"
     if small["params"] < dense["params"]:

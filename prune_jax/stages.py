@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prune_jax.budgets import TRIES, within_latency
 from prune_jax.checkpoints import Store
 from prune_jax.compaction import TracedNetwork, cut
 from prune_jax.criteria import find
@@ -157,7 +158,7 @@ def _counted(split: Split, call: StageCall, most: int | None, report: Report) ->
 def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """The network under masks of its lowest scores."""
     if call.settings.get("granularity") == "group":
-        return _mask_groups(call, store)
+        return _mask_groups(call, store, report)
     loaded = read_network(store, call.inputs["network"])
     (params, state), alive = loaded.variables, loaded.masks
     scores = _like(params, store.read(call.inputs["scores"])[0].get("scores", {}))
@@ -182,21 +183,35 @@ def _masked(call: StageCall, loaded: Loaded) -> tuple[Arrays, Metrics]:
     return _arrays(loaded), metrics | {"sparsity": _sparsity(loaded.masks)}
 
 
-def _mask_groups(call: StageCall, store: Store) -> tuple[Arrays, Metrics]:
+def _mask_groups(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """The network under masks of its lowest groups' units; the batch statistics of dead units are zero too."""
     loaded = read_network(store, call.inputs["network"])
     net = _groups(call.problem, loaded.keep)
     scores = leaves_by_path(store.read(call.inputs["scores"])[0]["scores"])  # group names are paths, too
     settings = call.settings
     scope = settings.get("scope", "global")
-    dead = net.choose(
+    already = net.dead_in(_alive(loaded))
+    choose = functools.partial(
+        net.choose,
         scores,
-        **settings["target"],
         scope="group" if scope == "layer" else scope,
         min_keep=max(settings.get("min_keep", 1), 1),
         round_to=settings.get("round_to", 1),
-        dead=net.dead_in(_alive(loaded)),
+        dead=already,
     )
+    if share := settings["target"].get("latency"):
+        sample = sample_of(dataset_of(call.problem))
+        dead = within_latency(
+            net,
+            _network(call.problem, loaded.keep),
+            loaded.variables,
+            functools.partial(_inputs, sample),
+            share,
+            lambda fraction: choose(sparsity=min(fraction, 0.999999)),
+            told=lambda done, found: report(Progress(call.name, f"{call.label} · {found:.2f}", done, TRIES + 1, "try")),
+        )
+    else:
+        dead = choose(**settings["target"])
     masks = net.masks(dead)
     params = masks["params"]
     if loaded.masks is not None:  # what is dead stays dead

@@ -153,7 +153,8 @@ def test_excluded_layers_keep_their_units(shared):
         ),
         (
             {"target": {"threshold": 0.1}},
-            "stages.prune.target.threshold: does not go with granularity group (allowed: sparsity, params, macs)",
+            "stages.prune.target.threshold: does not go with granularity group "
+            "(allowed: sparsity, params, macs, latency)",
         ),
         (
             {"granularity": "weight", "target": {"macs": 0.5}},
@@ -222,3 +223,15 @@ def test_batch_statistics_are_estimated_anew(shared):
     (mean,) = [path for path in after if path.endswith("mean") and after[path].shape == (hidden[0].shape[1],)][:1]
     np.testing.assert_allclose(after[mean], np.mean([h.mean(0) for h in hidden], axis=0), rtol=1e-4, atol=1e-5)
     assert not np.allclose(before[mean], after[mean], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_latency_is_measured_and_kept(shared):
+    wide = {"kind": "mlp", "widths": [1500, 1500]}
+    stages = {"train": {**TRAIN, "steps": 1}, "prune": {**GROUPS, "target": {"latency": 0.5}}, "compact": COMPACT}
+    _, results = run_plain(tiny(model=wide, **stages), shared)
+    dead = sum(group["dead"] for group in results["compact"].metrics["groups"].values())
+    assert 300 < dead < 2998
+    impossible = {**GROUPS, "target": {"latency": 1e-6}}
+    _, results = run_plain(tiny(train=TRAIN, prune=impossible), shared, name_failures=False)
+    assert "target.latency = 1e-06 is out of reach" in results["prune"].message

@@ -51,7 +51,7 @@ def complaint(raw, **options):
 
 TOP = "(allowed: name, description, seed, data, model, objective, stages, matrix)"
 RATES = "(allowed: sgd, adam, adamw, nadam, rmsprop, adagrad, lion, lamb)"
-ONE_TARGET = "needs exactly one of sparsity, keep, threshold, statistic, percentile, params, macs"
+ONE_TARGET = "needs exactly one of sparsity, keep, threshold, statistic, percentile, params, macs, latency"
 BOTH = "says both `after` and `of`, which mean the same; leave one out"
 
 EXACT = [
@@ -68,7 +68,7 @@ EXACT = [
         "stages/prune/target/sparcity",
         0.5,
         "stages.prune.target.sparcity = 0.5: is not a field here; did you mean 'sparsity'? "
-        "(allowed: sparsity, keep, threshold, statistic, percentile, params, macs)",
+        "(allowed: sparsity, keep, threshold, statistic, percentile, params, macs, latency)",
     ),
     (
         "stages/prune/criterion",

@@ -282,6 +282,9 @@ class Target(Frozen):
     percentile: float | None = Field(default=None, gt=0, lt=100, description="scores below it die")
     params: float | None = Field(default=None, gt=0, le=1, description="groups: so large a share of parameters is left")
     macs: float | None = Field(default=None, gt=0, le=1, description="groups: so large a share of MACs is left")
+    latency: float | None = Field(
+        default=None, gt=0, le=1, description="groups: it takes so large a share of the time, measured here at batch 1"
+    )
 
     @model_validator(mode="after")
     def _one_and_possible(self) -> Target:

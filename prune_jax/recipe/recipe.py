@@ -132,7 +132,7 @@ class Allocation(Frozen):
 
 
 _SCOPES = {"group": ("global", "layer", "isomorphic")}
-_TARGETS = {"group": ("sparsity", "params", "macs")}
+_TARGETS = {"group": ("sparsity", "params", "macs", "latency")}
 
 
 def check_units(stage: Allocation, granularity: str, where: str = "") -> None:

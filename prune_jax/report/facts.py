@@ -309,8 +309,8 @@ def _mean(pairs: list[tuple[float, float]]) -> Point:
 def best_of(record: Record) -> dict[str, Any] | None:
     """The smallest pruned networks, seeds taken together: `smaller` times smaller than the dense one.
 
-    Few parameters come first, then few that are not zero, then the later stage. Where no network has fewer parameters
-    than the dense one, the sparsest; of equals the best by the metric.
+    Few parameters come first, then few that are not zero; of equals the best by the metric. Where no network has fewer
+    parameters than the dense one, the sparsest.
     """
     metric = primary_metric(record)
     results = record.get("results", {})
@@ -341,7 +341,7 @@ def best_of(record: Record) -> dict[str, Any] | None:
         )
     sign = 1 if metric in HIGHER_IS_BETTER else -1
     if any(g["smaller"] > 1 for g in found):
-        return max(found, key=lambda g: (g["smaller"], -g["left"], g["stage"], sign * g["value"]))
+        return max(found, key=lambda g: (round(g["smaller"], 3), -round(g["left"], 3), sign * g["value"], g["stage"]))
     return max(found, key=lambda g: (round(g["sparsity"], 3), sign * g["value"]), default=None)
 
 
