@@ -19,6 +19,8 @@ from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.groups import Analysis, Group, analyse, dot, lowest, mirrors, ranked, rewrite, unit_scores
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
+_SHOWN = 4  # members of a group in the table; kernels first
+
 Dead = Mapping[str, Iterable[int]]  # group -> units
 Keep = Mapping[str, Sequence[np.ndarray]]  # path -> by axis, the indices that are left
 
@@ -406,11 +408,12 @@ def table(net: TracedNetwork) -> str:
     """The groups and what is frozen, as text."""
     rows = [("group", "kind", "units", "members")]
     for group in net.groups.values():
-        held = ", ".join(
+        held = [
             f"{path}[{axis}]" + (f" x{places.shape[1]}" if places.shape[1] > 1 else "")
-            for path, axis, places in group.members
-        )
-        rows.append((group.name, group.kind, str(group.size), held))
+            for path, axis, places in sorted(group.members, key=lambda member: -len(net.shapes[member[0]]))
+        ]
+        more = [f"and {len(held) - _SHOWN} more"] if len(held) > _SHOWN else []
+        rows.append((group.name, group.kind, str(group.size), ", ".join([*held[:_SHOWN], *more])))
     frozen = [("frozen", "axis", "why"), *((path, str(axis), why) for path, axis, why in net.frozen)]
     return "\n".join([*_columns(rows), "", *_columns(frozen)])
 
