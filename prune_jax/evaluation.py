@@ -6,7 +6,7 @@ import io
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -206,17 +206,44 @@ def latencies(
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in networks}
     for batch_size in batch_sizes:
         x = jax.device_put(tuple(inputs(batch_size)))
-        programs: dict[Network, Callable[..., jax.Array]] = {}
-        calls = {}
-        for name, (network, variables) in networks.items():
-            if network not in programs:
-                programs[network] = jax.jit(_forward(network)).lower(*variables, x).compile()
-            calls[name] = partial(programs[network], *jax.device_put(variables), x)
+        calls = {
+            name: partial(_compiled(network, variables, x), *jax.device_put(variables), x)
+            for name, (network, variables) in networks.items()
+        }
         times = _take_turns(calls, min_calls=min_calls, min_seconds=min_seconds, max_seconds=max_seconds)
         for name, seconds in times.items():
             p50, p90 = np.percentile(np.array(seconds) * 1e3, [50, 90])
             found[name][str(batch_size)] = {"p50": float(p50), "p90": float(p90)}
     return found
+
+
+def peak_bytes(network: Network, variables: Variables, inputs: Sequence[Any]) -> int | None:
+    """Memory that one call needs at most: weights, inputs, outputs and what XLA keeps between, as it planned it.
+
+    Args:
+        network: the function, in its resting mode.
+        variables: its weights and state.
+        inputs: `(x, ...)`, arrays of a batch.
+
+    Returns:
+        Bytes; None where the backend does not tell.
+    """
+    plan = _compiled(network, variables, inputs).memory_analysis()
+    if plan is None:
+        return None
+    return plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+
+
+def _compiled(network: Network, variables: Variables, inputs: Sequence[Any]) -> Any:
+    leaves, structure = jax.tree.flatten((*variables, tuple(inputs)))
+    return _program(network, structure, tuple((np.shape(a), str(jnp.result_type(a))) for a in leaves))
+
+
+@lru_cache(maxsize=32)
+def _program(network: Network, structure: Any, shapes: tuple[tuple[tuple[int, ...], str], ...]) -> Any:
+    """The compiled resting forward pass; networks that share their function and shapes share it."""
+    arguments = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes])
+    return jax.jit(_forward(network)).lower(*arguments).compile()
 
 
 def _forward(network: Network) -> Callable[..., jax.Array]:

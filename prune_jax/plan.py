@@ -27,7 +27,7 @@ from prune_jax.recipe import (
 from prune_jax.recipe.parts import Frozen
 
 # A stage that comes to compute something else gets the next number, so that nothing old is taken for new.
-VERSIONS = {"train": 1, "score": 1, "mask": 1, "finetune": 1, "prune": 1, "compact": 1, "export": 1, "evaluate": 1}
+VERSIONS = {"train": 1, "score": 1, "mask": 1, "finetune": 1, "prune": 1, "compact": 1, "export": 1, "evaluate": 2}
 KEY_LENGTH = 20
 
 

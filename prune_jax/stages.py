@@ -16,7 +16,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.compaction import TracedNetwork, cut
 from prune_jax.criteria import find
 from prune_jax.datasets import Dataset, Split
-from prune_jax.evaluation import describe, evaluator, latencies
+from prune_jax.evaluation import describe, evaluator, latencies, peak_bytes
 from prune_jax.export import EXTENSIONS, WRITERS
 from prune_jax.group_scoring import score_groups
 from prune_jax.masks import apply_masks, sparsity
@@ -315,6 +315,10 @@ def evaluate(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Met
         report(Progress(call.name, f"{call.label}: latency", len(loaded), len(loaded) + 1, "network"))
         for name, times in latencies(networks, functools.partial(_inputs, sample), timed.batch_sizes).items():
             found[name]["latency_ms"] = times
+        for name, (network, variables) in networks.items():
+            found[name]["peak_bytes"] = {
+                str(size): peak_bytes(network, variables, _inputs(sample, size)) for size in timed.batch_sizes
+            }
     return {}, {call.inputs[name].key: facts for name, facts in found.items()}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from prune_jax.errors import DivergedError
-from prune_jax.evaluation import describe, evaluate, evaluator, latencies
+from prune_jax.evaluation import describe, evaluate, evaluator, latencies, peak_bytes
 from prune_jax.models import Network, Variables, build
 from prune_jax.objectives import objective
 
@@ -281,3 +281,15 @@ def test_recurrent_models_are_counted_for_every_step(args):
     found = describe(network, variables, None, inputs)
     assert found["macs"] == 29 * gates * 16 * (12 + 16) + 16 * 9
     assert found["notes"] == []
+
+
+def test_peak_memory_is_what_goes_in_and_out_and_stands_between():
+    def apply(params, state, inputs, *, train, key):
+        return jnp.tanh(inputs[0] @ params["w"]) @ params["w"].T, state
+
+    network = Network(lambda key: None, apply)
+    weights = Variables({"w": np.ones((16, 1000), np.float32)}, {})
+    one, many = (peak_bytes(network, weights, (np.ones((n, 16), np.float32),)) for n in (1, 64))
+    assert one >= 4 * (16 * 1000 + 16 + 16)
+    assert many - one >= 4 * 63 * (16 + 16)
+    assert many < 4 * (2 * 16 * 1000 + 64 * (16 + 2 * 1000 + 16)) + 10_000

@@ -38,20 +38,20 @@ GOLDEN = {
     "lenet-300-100": {
         "train": "dfd2eb2280d44fd0b7db",
         "prune": "51c4f73054b620ae7431",
-        "evaluate": "61d9c5c3f419d71bd2c4",
+        "evaluate": "853336894d7932b098ad",
     },
     "xor": {
         "train": "df557e088317d47e134d",
         "by-threshold": "d5c77cc0c4f1d648f27f",
         "to-four": "c2ac22c44867a59cd15b",
-        "evaluate": "4df0a196808baef8973a",
+        "evaluate": "1f4c6f89538a33f71718",
     },
     "sensitivities": {
         "train": "65565669d226ffb4b28b",
         "prune[statistic=mean]": "1c7592954b76e6416296",
-        "evaluate[statistic=mean]": "d747db5bf7249a3551d7",
+        "evaluate[statistic=mean]": "3c64409278cfbc54c35b",
         "prune[statistic=median]": "a2eb1e33aed8c4abeb99",
-        "evaluate[statistic=median]": "af41915c73371cc2f0ab",
+        "evaluate[statistic=median]": "add1a3e33c1171b46206",
     },
 }
 

@@ -93,6 +93,7 @@ def results_table(record: Record) -> Results:
     batches = sorted({b for r in results.values() for b in r.get("latency_ms") or {}}, key=int)
     sizes = [q for q in SIZES if any(q in r for r in results.values())]
     paths: list[tuple[str, ...]] = [(m,) for m in (*metrics, "loss", *sizes)]
+    paths += [("peak_bytes", b) for b in batches if any(_at(r, ("peak_bytes", b)) for r in results.values())]
     paths += [("latency_ms", b, p) for b in batches for p in ("p50", "p90")]
     columns, dense = [], []
     for name, result in results.items():
@@ -164,7 +165,7 @@ def shown(path: tuple[str, ...], value: Any) -> str:
             return percent(value)
         case "params" | "nonzero" | "macs" | "effective_macs":
             return f"{value:,.0f}" if value < 1e7 else _scaled(value)
-        case "bytes" | "bytes_compressed":
+        case "bytes" | "bytes_compressed" | "peak_bytes":
             return f"{_scaled(value)}B" if value >= 1000 else f"{value:.0f} B"
         case "latency_ms":
             return f"{value:#.3g} ms"
@@ -220,6 +221,8 @@ def _at(result: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 def _title(path: tuple[str, ...]) -> str:
     if path[0] == "latency_ms":
         return f"latency {path[2]}, batch {path[1]}"
+    if path[0] == "peak_bytes":
+        return f"peak memory, batch {path[1]}"
     return SIZES.get(path[0], path[0])
 
 
