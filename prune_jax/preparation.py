@@ -84,6 +84,9 @@ def _check_names(recipe: Recipe) -> None:
                 criterion.check_options(stage.criterion.options)
             with _at(recipe.name, f"{where}.granularity", stage.granularity):
                 check_granularity(stage.granularity, criterion.granularities)
+        if stage.kind == "export":
+            with _at(recipe.name, f"{where}.formats", list(stage.formats)):
+                _check_formats(stage.formats)
         if stage.kind == "prune" and stage.search:
             with _at(recipe.name, f"{where}.search.folds", stage.search.folds):
                 data_of(recipe.data, (0, stage.search.folds))
@@ -92,6 +95,17 @@ def _check_names(recipe: Recipe) -> None:
                 _known("metric", metric, ["loss", *goal.metrics])
                 if not recipe.data.validation:
                     raise UserMistake("needs a validation split: set `data.validation`, such as 0.1")
+
+
+def _check_formats(formats: tuple[str, ...]) -> None:
+    from prune_jax.export import missing
+
+    for name in formats:
+        if packages := missing(name):
+            raise UserMistake(
+                f"{name} needs what is not installed: {', '.join(packages)}. Run `pip install 'prune-jax[{name}]'`, "
+                "or leave the format out"
+            )
 
 
 def _check_rewinds(plan: Plan) -> None:

@@ -214,10 +214,11 @@ class Export(Stage):
     """Writes the network to files that need none of its code."""
 
     kind: Literal["export"]
-    formats: tuple[Literal["stablehlo", "safetensors"], ...] = Field(
+    formats: tuple[Literal["stablehlo", "safetensors", "onnx"], ...] = Field(
         default=EXPORTS,
         min_length=1,
-        description="stablehlo: a program with its weights, for any batch size; safetensors: the arrays alone",
+        description="stablehlo: a program with its weights, for any batch size; safetensors: the arrays alone; onnx: "
+        "as stablehlo, for other runtimes (needs the extra `onnx`)",
     )
 
 
