@@ -16,10 +16,22 @@ import numpy as np
 
 from prune_jax.costs import cost
 from prune_jax.errors import UserMistake, did_you_mean
-from prune_jax.groups import Analysis, Group, analyse, dot, lowest, mirrors, ranked, rewrite, unit_scores
+from prune_jax.groups import (
+    Analysis,
+    Group,
+    analyse,
+    check_target,
+    checked_scores,
+    dot,
+    lowest,
+    mirrors,
+    of_kinds,
+    ranked,
+    rewrite,
+    table,
+    within,
+)
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
-
-_SHOWN = 4  # members of a group in the table; kernels first
 
 Dead = Mapping[str, Iterable[int]]  # group -> units
 Keep = Mapping[str, Sequence[np.ndarray]]  # path -> by axis, the indices that are left
@@ -88,8 +100,8 @@ class TracedNetwork:
             NonFiniteScoreError: a score is NaN or infinite.
         """
         groups = self.groups_of(kinds)
-        pools = ranked(groups, _unit_scores(self, scores, groups, combine), scope, dead or {})
-        _check_choice(sparsity=sparsity, params=params, macs=macs)
+        pools = ranked(groups, checked_scores(scores, groups, self.shapes, combine, self.groups), scope, dead or {})
+        check_target(sparsity=sparsity, params=params, macs=macs)
 
         def at(fraction: float) -> dict[str, list[int]]:
             return lowest(groups, pools, lambda size: round(fraction * size), min_keep=min_keep, round_to=round_to)
@@ -99,7 +111,7 @@ class TracedNetwork:
         name, budget, measure = (
             ("params", params, self._params_left) if macs is None else ("macs", macs, self._macs_left)
         )
-        return _within(name, float(budget or 0), measure, at, sum(map(len, pools)))
+        return within(name, float(budget or 0), measure, at, sum(map(len, pools)))
 
     def _params_left(self, dead: Dead) -> int:
         return sum(math.prod(int(k.sum()) for k in axes) for axes in self._keeps(dead))
@@ -110,7 +122,7 @@ class TracedNetwork:
 
     def groups_of(self, kinds: Iterable[str] = ()) -> dict[str, Group]:
         """The groups of these kinds, all if none is named."""
-        return _of_kinds(self.groups, kinds)
+        return of_kinds(self.groups, kinds)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -127,7 +139,7 @@ class TracedNetwork:
             groups: of these groups; left out, of all.
             combine: what is made of the scores of a unit's weights: `sum`, `mean`, `l1`, `l2`, `max`.
         """
-        return _unit_scores(self, scores, self.groups if groups is None else groups, combine)
+        return checked_scores(scores, self.groups if groups is None else groups, self.shapes, combine, self.groups)
 
     def masks(self, dead: Dead) -> PyTree:
         """Bool arrays shaped like all parameters, False in every slice that a dead unit holds.
@@ -214,7 +226,7 @@ class TracedNetwork:
         return dot(self.groups, self.shapes, self._analysis.roles.reads)
 
     def __repr__(self) -> str:
-        return table(self)
+        return table(self.groups, self.shapes, self.frozen)
 
 
 class CompactNetwork:
@@ -344,83 +356,6 @@ def trace(apply: Callable[..., Any], params: PyTree, *inputs: Any, release: Iter
     Array([[6., 6.]], dtype=float32)
     """
     return TracedNetwork(apply, params, inputs, tuple([release] if isinstance(release, str) else release))
-
-
-def _of_kinds(groups: Mapping[str, Group], kinds: Iterable[str]) -> dict[str, Group]:
-    wanted = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    there = sorted({group.kind for group in groups.values()})
-    for kind in wanted:
-        if kind not in there:
-            raise UserMistake(
-                f"there is no group of kind {kind!r}{did_you_mean(kind, there)} (kinds: {', '.join(there) or 'none'})"
-            )
-    return {name: group for name, group in groups.items() if not wanted or group.kind in wanted}
-
-
-def _unit_scores(
-    net: TracedNetwork, scores: PyTree, groups: Mapping[str, Group], combine: str
-) -> dict[str, np.ndarray]:
-    if isinstance(scores, Mapping) and scores and all(name in net.groups for name in scores):
-        found = {name: np.asarray(values, np.float64) for name, values in scores.items() if name in groups}
-        for name, values in found.items():
-            if values.shape != (groups[name].size,):
-                raise UserMistake(
-                    f"group {name!r} has {groups[name].size} units but its scores are {list(values.shape)}"
-                )
-        return found
-    leaves, shapes = leaves_by_path(scores), leaves_by_path(net._shapes)
-    for path, leaf in leaves.items():
-        if path not in shapes or np.shape(leaf) != shapes[path].shape:
-            expected = f"{list(shapes[path].shape)}" if path in shapes else "no parameter"
-            raise UserMistake(f"scores {path!r} are {list(np.shape(leaf))} but should be {expected}")
-    return unit_scores(groups, leaves, combine)
-
-
-def _check_choice(**targets: float | None) -> None:
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise UserMistake(f"give one target (of {', '.join(targets)}); {', '.join(given) or 'none'} is given")
-    ((name, value),) = given.items()
-    if name == "sparsity" and not 0 <= value < 1:
-        raise UserMistake(f"sparsity = {value} must be at least 0 and below 1: it is the fraction of units that dies")
-    if name != "sparsity" and not value > 0:
-        raise UserMistake(f"{name} = {value} must be above 0: a number, or a fraction of what there is")
-
-
-def _within(
-    name: str, budget: float, measure: Callable[[Dead], int], at: Callable[[float], dict[str, list[int]]], units: int
-) -> dict[str, list[int]]:
-    """The fewest dead units whose network is within the budget, by bisection."""
-    most = budget * measure({}) if budget <= 1 else budget
-    low, high = 0, units
-    if measure(at(1.0)) > most:
-        raise UserMistake(
-            f"{name} = {budget:g} is out of reach: with min_keep units left in every group it is {measure(at(1.0)):,}, "
-            f"of {measure({}):,}. Prune less, or weights as well."
-        )
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if measure(at(middle / max(units, 1))) <= most else (middle + 1, high)
-    return at(low / max(units, 1))
-
-
-def table(net: TracedNetwork) -> str:
-    """The groups and what is frozen, as text."""
-    rows = [("group", "kind", "units", "members")]
-    for group in net.groups.values():
-        held = [
-            f"{path}[{axis}]" + (f" x{places.shape[1]}" if places.shape[1] > 1 else "")
-            for path, axis, places in sorted(group.members, key=lambda member: -len(net.shapes[member[0]]))
-        ]
-        more = [f"and {len(held) - _SHOWN} more"] if len(held) > _SHOWN else []
-        rows.append((group.name, group.kind, str(group.size), ", ".join([*held[:_SHOWN], *more])))
-    frozen = [("frozen", "axis", "why"), *((path, str(axis), why) for path, axis, why in net.frozen)]
-    return "\n".join([*_columns(rows), "", *_columns(frozen)])
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
 
 
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:

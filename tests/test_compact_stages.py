@@ -6,9 +6,9 @@ import pytest
 from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
 from prune_jax.export import load_stablehlo
+from prune_jax.networks import read_network
 from prune_jax.prediction import predict, read_inputs
 from prune_jax.records import Run
-from prune_jax.stages import read_network
 from tests.plain import EVALUATE, TRAIN, arrays, part, run_plain, tiny
 from tests.test_stages import MODELS
 

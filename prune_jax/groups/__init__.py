@@ -1,7 +1,22 @@
 """Dependency analysis: which indices of which parameters live and die together, read off a function's jaxpr."""
 
-from prune_jax.groups.choice import lowest, ranked, unit_scores
-from prune_jax.groups.drawing import dot
+from prune_jax.groups.choice import check_target, checked_scores, lowest, of_kinds, ranked, unit_scores, within
+from prune_jax.groups.drawing import dot, table
 from prune_jax.groups.trace import Analysis, Group, analyse, mirrors, rewrite
 
-__all__ = ["Analysis", "Group", "analyse", "dot", "lowest", "mirrors", "ranked", "rewrite", "unit_scores"]
+__all__ = [
+    "Analysis",
+    "Group",
+    "analyse",
+    "check_target",
+    "checked_scores",
+    "dot",
+    "lowest",
+    "mirrors",
+    "of_kinds",
+    "ranked",
+    "rewrite",
+    "table",
+    "unit_scores",
+    "within",
+]

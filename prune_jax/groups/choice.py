@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from prune_jax.errors import NonFiniteScoreError, UserMistake, did_you_mean
 from prune_jax.groups.trace import Group
+from prune_jax.trees import PyTree, leaves_by_path
 
 COMBINE = ("sum", "mean", "l1", "l2", "max", "first")
 SCOPES = ("global", "isomorphic", "group")
@@ -126,3 +127,72 @@ def lowest(
         back = min(-living % round_to, len(units))
         dead[name] = sorted(units[: len(units) - back])
     return {name: units for name, units in dead.items() if units}
+
+
+def of_kinds(groups: Mapping[str, Group], kinds: Iterable[str]) -> dict[str, Group]:
+    """The groups of these kinds, all if none is named."""
+    wanted = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    there = sorted({group.kind for group in groups.values()})
+    for kind in wanted:
+        if kind not in there:
+            raise UserMistake(
+                f"there is no group of kind {kind!r}{did_you_mean(kind, there)} (kinds: {', '.join(there) or 'none'})"
+            )
+    return {name: group for name, group in groups.items() if not wanted or group.kind in wanted}
+
+
+def checked_scores(
+    scores: PyTree,
+    groups: Mapping[str, Group],
+    shapes: Mapping[str, tuple[int, ...]],
+    combine: str,
+    known: Collection[str],
+) -> dict[str, np.ndarray]:
+    """Scores of units of `groups`, from those of weights, or as they are if all their names are `known` groups."""
+    if isinstance(scores, Mapping) and scores and all(name in known for name in scores):
+        found = {name: np.asarray(values, np.float64) for name, values in scores.items() if name in groups}
+        for name, values in found.items():
+            if values.shape != (groups[name].size,):
+                raise UserMistake(
+                    f"group {name!r} has {groups[name].size} units but its scores are {list(values.shape)}"
+                )
+        return found
+    leaves = leaves_by_path(scores)
+    for path, leaf in leaves.items():
+        if path not in shapes or np.shape(leaf) != shapes[path]:
+            expected = f"{list(shapes[path])}" if path in shapes else "no parameter"
+            raise UserMistake(f"scores {path!r} are {list(np.shape(leaf))} but should be {expected}")
+    return unit_scores(groups, leaves, combine)
+
+
+def check_target(**targets: float | None) -> None:
+    """Refuses none or several targets, and impossible ones."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise UserMistake(f"give one target (of {', '.join(targets)}); {', '.join(given) or 'none'} is given")
+    ((name, value),) = given.items()
+    if name == "sparsity" and not 0 <= value < 1:
+        raise UserMistake(f"sparsity = {value} must be at least 0 and below 1: it is the fraction of units that dies")
+    if name != "sparsity" and not value > 0:
+        raise UserMistake(f"{name} = {value} must be above 0: a number, or a fraction of what there is")
+
+
+def within(
+    name: str,
+    budget: float,
+    measure: Callable[[Mapping[str, Iterable[int]]], int],
+    at: Callable[[float], dict[str, list[int]]],
+    units: int,
+) -> dict[str, list[int]]:
+    """The fewest dead units whose network is within the budget, by bisection."""
+    most = budget * measure({}) if budget <= 1 else budget
+    low, high = 0, units
+    if measure(at(1.0)) > most:
+        raise UserMistake(
+            f"{name} = {budget:g} is out of reach: with min_keep units left in every group it is {measure(at(1.0)):,}, "
+            f"of {measure({}):,}. Prune less, or weights as well."
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if measure(at(middle / max(units, 1))) <= most else (middle + 1, high)
+    return at(low / max(units, 1))

@@ -1,11 +1,34 @@
-"""A network's groups as a drawing: parameters as boxes, groups as coloured arrows from what writes to what reads."""
+"""A network's groups as a table and as a drawing: coloured arrows from what writes to what reads."""
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from prune_jax.groups.trace import Group
+
+_SHOWN = 4  # members of a group in the table; kernels first
+
+
+def table(
+    groups: Mapping[str, Group], shapes: Mapping[str, tuple[int, ...]], frozen: Iterable[tuple[str, int, str]]
+) -> str:
+    """The groups and what is frozen, as text."""
+    rows = [("group", "kind", "units", "members")]
+    for group in groups.values():
+        held = [
+            f"{path}[{axis}]" + (f" x{places.shape[1]}" if places.shape[1] > 1 else "")
+            for path, axis, places in sorted(group.members, key=lambda member: -len(shapes[member[0]]))
+        ]
+        more = [f"and {len(held) - _SHOWN} more"] if len(held) > _SHOWN else []
+        rows.append((group.name, group.kind, str(group.size), ", ".join([*held[:_SHOWN], *more])))
+    fixed = [("frozen", "axis", "why"), *((path, str(axis), why) for path, axis, why in frozen)]
+    return "\n".join([*_columns(rows), "", *_columns(fixed)])
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
 
 
 def dot(groups: Mapping[str, Group], shapes: Mapping[str, tuple[int, ...]], reads: Collection[tuple[str, int]]) -> str:

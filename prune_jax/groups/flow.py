@@ -247,7 +247,8 @@ def _with_derivative(
         return None, None, walk.run(closed, operands)
     simple = _only_elementwise(closed.jaxpr)  # then what is dead can still be computed
     inputs = [operand if simple else operand.settled() for operand in operands]
-    if all(axis.fixed for value in inputs for axis in value.axes) or not _soft(eqn):
+    smooth = bool(_soft(eqn)) and all(jnp.issubdtype(dtype_of(var), np.floating) for var in eqn.outvars)
+    if all(axis.fixed for value in inputs for axis in value.axes) or not smooth:
         return None, None, opaque(walk, eqn, inputs)
     before = walk.labels.fork()
     outputs = run_cut(walk if simple else _analysing(walk), closed, inputs)
@@ -273,10 +274,8 @@ def _with_derivative(
 
 def _only_elementwise(jaxpr: Jaxpr) -> bool:
     inner = [_closed(value).jaxpr for eqn in jaxpr.eqns for value in eqn.params.values() if _is_jaxpr(value)]
-    plain = all(
-        eqn.primitive.name in {*ELEMENTWISE, *_CALLS, "custom_jvp_call", "broadcast_in_dim"} for eqn in jaxpr.eqns
-    )
-    return plain and all(map(_only_elementwise, inner))
+    plain = {*ELEMENTWISE, *_CALLS, "custom_jvp_call", "broadcast_in_dim"}
+    return plain.issuperset(eqn.primitive.name for eqn in jaxpr.eqns) and all(map(_only_elementwise, inner))
 
 
 def _is_jaxpr(value: Any) -> bool:

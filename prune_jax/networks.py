@@ -1,0 +1,140 @@
+"""Networks out of the store, compact ones too, and how they are judged while a stage works."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prune_jax.checkpoints import Store
+from prune_jax.compaction import TracedNetwork, cut
+from prune_jax.datasets import Dataset, Split
+from prune_jax.evaluation import evaluator
+from prune_jax.masks import sparsity
+from prune_jax.models import Network, Variables
+from prune_jax.objectives import inputs_of, objective
+from prune_jax.problems import dataset_of, examples_of, network_of, records_at, sample_of
+from prune_jax.progress import Progress, Report
+from prune_jax.recipe import Problem, Ref, StageCall
+from prune_jax.structure import cut_network, groups_of, restored
+from prune_jax.trees import PyTree, leaves_by_path, map_by_path
+
+Arrays = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+class Loaded(NamedTuple):
+    """A network out of the store."""
+
+    variables: Variables
+    masks: PyTree | None
+    keep: PyTree | None = None  # of a compact network, as `structure.stored` has it
+
+
+def read_network(store: Store, ref: Ref) -> Loaded:
+    """Reads the network of an artifact."""
+    arrays, _ = store.read(ref)
+    params = arrays.get("params", {})
+    masks = like(params, arrays["masks"]) if "masks" in arrays else None
+    return Loaded(Variables(params, arrays.get("state", {})), masks, arrays.get("keep"))
+
+
+def as_arrays(loaded: Loaded) -> Arrays:
+    """A network as the store holds it."""
+    arrays = loaded.variables._asdict()
+    if loaded.masks is not None:
+        arrays["masks"] = loaded.masks
+    return arrays if loaded.keep is None else {**arrays, "keep": loaded.keep}
+
+
+def shapes_of(problem: Problem) -> PyTree:
+    """Shapes and types of the whole network's variables."""
+    return jax.eval_shape(network_of(problem).init, jax.random.key(0))._asdict()
+
+
+def network_for(problem: Problem, keep: PyTree | None) -> Network:
+    """The problem's network, cut to `keep` where it is compact."""
+    whole = network_of(problem)
+    return whole if keep is None else cut_network(whole, restored(keep, shapes_of(problem)))
+
+
+def cut_variables(problem: Problem, variables: Variables, keep: PyTree | None) -> Variables:
+    """Variables of the whole network, cut to `keep`."""
+    if keep is None:
+        return variables
+    shapes = shapes_of(problem)
+    return Variables(**jax.device_get(cut(variables._asdict(), shapes, restored(keep, shapes))))
+
+
+def groups_for(problem: Problem, keep: PyTree | None) -> TracedNetwork:
+    """The groups of the problem's network, cut to `keep` where it is compact."""
+    return groups_of(network_for(problem, keep), inputs_of(sample_of(dataset_of(problem))))
+
+
+def like(params: PyTree, part: PyTree) -> PyTree:
+    """`part` in the containers of `params`, `None` where it holds nothing."""
+    flat = leaves_by_path(part)
+    return map_by_path(lambda path, _: flat.get(path), params)
+
+
+def sparsity_of(masks: PyTree | None) -> float:
+    """The fraction pruned of the masked weights; 0 without masks."""
+    return 0.0 if masks is None else sparsity(masks)
+
+
+def validated(problem: Problem, variables: Variables, data: Dataset, keep: PyTree | None = None) -> Metrics:
+    """Loss and metrics on the validation split, if there is one."""
+    if data.validation is None:
+        return {}
+    measure = evaluator_of(network_for(problem, keep), problem.objective, problem.data.batch_size)
+    return {
+        f"validation_{name}": value for name, value in measure(variables, data.validation, name="validation").items()
+    }
+
+
+@functools.lru_cache(maxsize=16)
+def evaluator_of(network: Network, objective_name: str, batch_size: int) -> Callable[..., dict[str, float]]:
+    """Evaluates weights of a network; the same function for the same network, so that it compiles once."""
+    return evaluator(network, objective(objective_name), batch_size=max(batch_size, 256))
+
+
+@functools.lru_cache(maxsize=16)
+def _loss_function(network: Network, objective_name: str) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
+    goal = objective(objective_name)
+
+    def loss(state: PyTree, params: PyTree, batch: PyTree) -> jax.Array:
+        outputs, _ = network.apply(params, state, inputs_of(batch), train=False, key=None)
+        return jnp.mean(goal.loss(outputs, batch))
+
+    return loss
+
+
+def mean_loss(network: Network, objective_name: str, state: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
+    """The resting network's mean loss, `(params, batch) -> scalar`; its state is an argument, so it compiles once."""
+    return jax.tree_util.Partial(_loss_function(network, objective_name), state)
+
+
+def batches_of(split: Split, call: StageCall, most: int | None, report: Report) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of a split in its own order, the last one smaller; tells how many are through."""
+    size = call.problem.data.batch_size
+    examples = examples_of(split)
+    total = min(-(-examples // size), most or examples)
+    for i in range(total):
+        rows = range(i * size, min((i + 1) * size, examples))
+        yield records_at(split, rows)
+        report(Progress(call.name, call.label, i + 1, total, "batch"))
+
+
+def repeated(sample: dict[str, np.ndarray], batch_size: int) -> tuple[np.ndarray, ...]:
+    """The inputs of a batch that holds one example many times."""
+    return tuple(np.repeat(array, batch_size, axis=0) for array in inputs_of(sample))
+
+
+def masked(call: StageCall, loaded: Loaded) -> tuple[Arrays, Metrics]:
+    """What a masked network leaves in the store, and how it does on the validation split."""
+    metrics = validated(call.problem, loaded.variables, dataset_of(call.problem), loaded.keep)
+    return as_arrays(loaded), metrics | {"sparsity": sparsity_of(loaded.masks)}
