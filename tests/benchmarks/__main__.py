@@ -31,7 +31,7 @@ BOUNDS: dict[str, dict[str, float | None]] = {
     },
     "training": {"* / *": 1.05, "*": None},
     "masked_step": {"*dense step / dense step": None, "*": 1.05},
-    "scoring": {"*plain again*": None, "*": 1.1},
+    "scoring": {"*plain again*": None, "*fisher pass / gradient pass": None, "*": 1.1},
     "selection": {"*": None},
     "compaction": {
         "analysis of ViT-B*": 2.7,
