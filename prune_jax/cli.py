@@ -232,7 +232,13 @@ def predict(
     if output is None:
         np.savetxt(sys.stdout, found.reshape(len(found), -1), fmt="%.6g")
         return
-    np.savez(output, outputs=found)
+    try:
+        with open(output, "wb") as file:
+            np.savez(file, outputs=found)
+    except OSError as error:
+        raise UserMistake(
+            f"--output {output}: cannot be written ({error.strerror}); name a file in a folder that is there"
+        ) from None
     sys.stdout.write(f"{output}: outputs {list(found.shape)}\n")
 
 

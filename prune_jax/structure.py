@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -12,10 +13,6 @@ from prune_jax.compaction import Keep, TracedNetwork, cut, shrink, trace
 from prune_jax.models import Network, Variables
 from prune_jax.trees import PyTree, leaves_by_path
 
-_TRACED: dict[Any, TracedNetwork] = {}
-_CUT: dict[Any, Network] = {}
-_REMEMBERED = 16
-
 
 def groups_of(network: Network, inputs: Sequence[Any]) -> TracedNetwork:
     """The groups of a network, of its training and its resting mode together: what either ties is tied.
@@ -24,32 +21,29 @@ def groups_of(network: Network, inputs: Sequence[Any]) -> TracedNetwork:
         network: the network.
         inputs: shapes and types of its inputs, with a batch axis of any size.
     """
-    shapes = tuple(jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for x in inputs)
-    known = (network, tuple((x.shape, str(x.dtype)) for x in shapes))
-    if known not in _TRACED:
-        _forget(_TRACED)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        _TRACED[known] = trace(
-            lambda v, i, k: (_run(network, v, i, k, True), _run(network, v, i, None, False)),
-            jax.eval_shape(network.init, key)._asdict(),
-            shapes,
-            key,
-        )
-    return _TRACED[known]
+    return _traced(network, tuple(jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for x in inputs))
+
+
+@lru_cache(maxsize=16)
+def _traced(network: Network, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> TracedNetwork:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return trace(
+        lambda v, i, k: (_run(network, v, i, k, True), _run(network, v, i, None, False)),
+        jax.eval_shape(network.init, key)._asdict(),
+        shapes,
+        key,
+    )
 
 
 def cut_network(network: Network, keep: Keep) -> Network:
     """The network on variables that were cut to `keep`; the same object for the same cut, so that it compiles once."""
-    known = (network, tuple((path, *(left.tobytes() for left in axes)) for path, axes in sorted(keep.items())))
-    if known not in _CUT:
-        _forget(_CUT)
-        _CUT[known] = _cut_network(network, keep)
-    return _CUT[known]
+    held = ((path, tuple(np.asarray(left, np.int64).tobytes() for left in axes)) for path, axes in keep.items())
+    return _remembered(network, tuple(sorted(held)))
 
 
-def _forget(remembered: dict[Any, Any]) -> None:
-    while len(remembered) >= _REMEMBERED:
-        remembered.pop(next(iter(remembered)))
+@lru_cache(maxsize=16)
+def _remembered(network: Network, held: tuple[tuple[str, tuple[bytes, ...]], ...]) -> Network:
+    return _cut_network(network, {path: tuple(np.frombuffer(a, np.int64) for a in axes) for path, axes in held})
 
 
 def _run(network: Network, variables: Mapping[str, Any], inputs: Any, key: Any, train: bool) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Groups pruned, compacted, trained on and exported by stages: what was masked and what is compact are one network."""
 
+import sys
+
 import numpy as np
 import pytest
 
+from prune_jax import cli
 from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
 from prune_jax.export import load_stablehlo
@@ -191,6 +194,30 @@ def test_an_export_answers_what_the_network_answers(store):
     (folder / "model.stablehlo").write_bytes(b"something else")
     with pytest.raises(Exception, match="is not the file that was written"):
         predict(store, "tiny", {"x": x})
+
+
+def test_the_command_predicts_and_tells_what_does_not_go(store, tmp_path, monkeypatch, capsys):
+    stages = {"train": TRAIN, "export": {"kind": "export", "formats": ["stablehlo"]}}
+    plan, results = run_plain(tiny(**stages), store)
+    Run(plan, store, "tiny").finish(results)
+    np.savez(tmp_path / "in.npz", x=np.ones((2, 4), np.float32))
+
+    def command(*more):
+        arguments = ["prune-jax", "predict", "tiny", tmp_path / "in.npz", "--store", store.root, *more]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    code, printed, _ = command()
+    assert (code, len(printed.splitlines()), len(printed.split())) == (0, 2, 6)
+    code, printed, _ = command("-o", tmp_path / "out")
+    assert (code, printed) == (0, f"{tmp_path / 'out'}: outputs [2, 3]\n")
+    assert np.load(tmp_path / "out")["outputs"].shape == (2, 3)
+    code, _, told = command("-o", tmp_path / "none" / "out.npz")
+    assert code == 2
+    assert "out.npz: cannot be written (No such file or directory)" in told
 
 
 def test_inputs_are_read_and_never_unpickled(tmp_path):

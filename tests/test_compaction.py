@@ -19,10 +19,7 @@ from tests.zoo import ZOO, Make
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile soon
 
 
-def every_network(why):
-    """The names of all; those with a reason, by `why`, are known to fail."""
-    marks = {e.name: [pytest.mark.xfail(strict=True, reason=why(e))] if why(e) else [] for e in ZOO.values()}
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in ZOO])
+every_network = pytest.mark.parametrize("name", ZOO)
 
 
 @cache
@@ -134,7 +131,7 @@ def check(name, dead, *more_inputs, slopes=True):
             close(floats(found[1]), floats(expected[1]), 10 * entry.tolerance, 1e-2 * largest)
 
 
-@every_network(lambda entry: entry.missed)
+@every_network
 def test_groups_are_those_that_the_network_has(name):
     found = {}
     for group in traced(name)[3].groups.values():
@@ -147,19 +144,19 @@ def test_groups_are_those_that_the_network_has(name):
     assert {members: tuple(sorted(sizes)) for members, sizes in found.items()} == expected
 
 
-@every_network(lambda entry: entry.wrong)
+@every_network
 def test_half_of_every_group(name):
     check(name, half(traced(name)[3], np.random.default_rng(1)), slopes=name in SLOPES)
 
 
 @pytest.mark.slow
-@every_network(lambda entry: entry.wrong)
+@every_network
 def test_slopes_without_half_of_every_group(name):
     check(name, half(traced(name)[3], np.random.default_rng(2)))
 
 
 @pytest.mark.slow
-@every_network(lambda entry: entry.wrong)
+@every_network
 def test_half_of_one_group_at_a_time(name):
     net, rng = traced(name)[3], np.random.default_rng(3)
     for group, units in half(net, rng).items():
@@ -167,7 +164,7 @@ def test_half_of_one_group_at_a_time(name):
 
 
 @pytest.mark.slow
-@every_network(lambda entry: entry.wrong)
+@every_network
 def test_all_but_one_unit_of_every_group(name):
     net, rng = traced(name)[3], np.random.default_rng(4)
     dead = {group.name: some(rng, group.size, group.size - 1) for group in net.groups.values()}
@@ -177,7 +174,7 @@ def test_all_but_one_unit_of_every_group(name):
 
 
 @pytest.mark.slow
-@every_network(lambda entry: entry.wrong)
+@every_network
 def test_one_unit_of_one_group(name):
     net, rng = traced(name)[3], np.random.default_rng(5)
     for group in net.groups.values():
@@ -186,7 +183,7 @@ def test_one_unit_of_one_group(name):
 
 
 @pytest.mark.slow
-@every_network(lambda entry: entry.wrong)
+@every_network
 def test_another_batch_size(name):
     entry, net = ZOO[name], traced(name)[3]
     if entry.other is None:
@@ -195,7 +192,7 @@ def test_another_batch_size(name):
 
 
 @pytest.mark.slow
-@every_network(lambda entry: entry.wrong)
+@every_network
 def test_vmap_over_inputs(name):
     entry, (apply, params, inputs, net) = ZOO[name], traced(name)
     dead = half(net, np.random.default_rng(7))

@@ -36,8 +36,6 @@ class Network:
         other: another one; None where it has none.
         mirrors: whether outputs are new values of parameters, and shrink as these do.
         tolerance: of outputs, relative to the largest.
-        missed: why its groups are others than those, if they are.
-        wrong: why its results differ, if they do.
     """
 
     name: str
@@ -47,8 +45,6 @@ class Network:
     other: int | None = 7
     mirrors: bool = False
     tolerance: float = 1e-5
-    missed: str | None = None
-    wrong: str | None = None
 
 
 ZOO: dict[str, Network] = {}

@@ -129,8 +129,6 @@ class Analysis:
 
     def frozen(self) -> tuple[tuple[str, int, str], ...]:
         """Path, axis and reason of whatever no unit holds."""
-        held = {tuple(row) for row in np.unique(self.table[:, 1:3], axis=0)} if self.table.size else set()
-        covered = np.zeros(self.labels.count, bool)
         columns = np.zeros(self.units.closures.shape[1], bool)
         columns[np.unique(self.units.closures.indices)] = True
         covered = columns[self.units.components]
@@ -141,9 +139,9 @@ class Analysis:
                 loose = np.where(labels < 0, False, covered[labels])
                 if loose.all():
                     continue
-                number = self._reason(int(labels[~loose][0]))
-                text = number if not held & {(p, d)} else f"{int((~loose).sum())} of {loose.size}: {number}"
-                found.append((self.paths[p], d, text))
+                why = self._reason(int(labels[~loose][0]))
+                part = f"{int((~loose).sum())} of {loose.size}: " if loose.any() else ""
+                found.append((self.paths[p], d, f"{part}{why}"))
         return tuple(found)
 
     def _reason(self, label: int) -> str:
