@@ -54,7 +54,7 @@ def score_groups(
     groups = {name: group for name, group in net.groups_of(kinds).items() if not dense & _paths(group)}
     if not groups:
         raise UserMistake(
-            f"there is no group to prune: {', '.join(net.groups) or 'none'} is left without those excluded"
+            f"no group is left to prune (groups: {', '.join(net.groups) or 'none'}): exclude less, or name other kinds"
         )
     if criterion.combine == "square of sum":
         if loss is None or batches is None:

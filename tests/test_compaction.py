@@ -296,3 +296,27 @@ def test_the_table_names_groups_and_reasons():
     assert "it meets an input's axis" in text
     assert "it meets an output's axis" in text
     assert "primitive 'fft' has no rule (fft, " in repr(traced("fourier_transformed_channels")[3])
+
+
+def test_a_loop_whose_length_is_computed_ties_its_carry():
+    make = Make()
+    params = {"a": make(5, 6), "r": make(6, 6), "o": make(6, 3)}
+    x = make(4, 5)
+
+    def apply(p, x):
+        def turn(carry):
+            return carry[0] + 1, jnp.tanh(carry[1] @ p["r"])
+
+        steps = jnp.where(x.sum() > 100, 1, 3)  # no number that a trace knows: it stays a while loop
+        return jax.lax.while_loop(lambda carry: carry[0] < steps, turn, (0, jnp.tanh(x @ p["a"])))[1] @ p["o"]
+
+    net = trace(apply, params, x)
+    ((name, group),) = net.groups.items()
+    assert {(path, axis) for path, axis, _ in group.members} == {("a", 1), ("r", 0), ("r", 1), ("o", 0)}
+    small = net.compact({name: [1, 4]})
+    masked = pj.apply_masks(params, net.masks({name: [1, 4]}))
+    close(small.apply(small.params, x), apply(masked, x), 1e-5)
+    tangents = jax.tree.map(jnp.ones_like, params)  # a while loop has no backward pass
+    slope = jax.jvp(lambda p: apply(pj.apply_masks(p, net.masks({name: [1, 4]})), x), (params,), (tangents,))[1]
+    found = jax.jvp(lambda p: small.apply(p, x), (small.params,), (small.slice(tangents),))[1]
+    close(found, slope, 1e-5)
