@@ -38,6 +38,7 @@ GRANULARITIES = {
     "weight": "each weight by itself",
     "neuron": "the incoming weights of a unit, and its bias",
     "group": "channels, neurons, heads, widths: what the network's wiring ties; `compact` takes them away",
+    "layer": "residual branches as a whole: what they are added to goes on without them; `compact` takes them away",
 }
 
 

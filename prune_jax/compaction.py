@@ -17,12 +17,16 @@ import numpy as np
 from prune_jax.costs import cost
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.groups import (
+    LAYER,
     Analysis,
+    Function,
     Group,
     analyse,
     check_target,
     checked_scores,
     dot,
+    gone_in,
+    layers,
     lowest,
     mirrors,
     of_kinds,
@@ -42,6 +46,7 @@ class TracedNetwork:
 
     Attributes:
         groups: name -> Group, of what may be pruned.
+        layers: name -> Group, of residual branches that may be taken away whole.
         frozen: (path, axis, reason) of what may not.
         params: those that it was traced with.
     """
@@ -52,12 +57,21 @@ class TracedNetwork:
         self._apply, self.params, self._release = apply, params, tuple(release)
         self._shapes = jax.tree.map(_struct, params)
         self._inputs = jax.tree.map(_struct, tuple(inputs))
-        self._analysis = analyse(apply, self._shapes, self._inputs, self._release)
+        self._function = Function.of(apply, self._shapes, self._inputs)
+        self._analysis = analyse(self._function, self._release)
 
     @cached_property
     def groups(self) -> dict[str, Group]:
         """Name -> what may be pruned."""
         return {name: group for name, (group, _) in self._analysis.groups.items()}
+
+    @cached_property
+    def layers(self) -> dict[str, Group]:
+        """Name -> residual branch that may be taken away whole: a group of one unit, which holds parameters whole.
+
+        They stand apart from `groups`, with whose units they overlap; `masks` and `compact` take both.
+        """
+        return layers(self._function)
 
     @cached_property
     def frozen(self) -> tuple[tuple[str, int, str], ...]:
@@ -86,7 +100,7 @@ class TracedNetwork:
             params: instead, so many parameters are left at most; a fraction of them below or at 1.
             macs: instead, so many multiplications are left at most, at the traced shapes; or a fraction.
             scope: who competes: `global` (scores divided by their group's mean), `isomorphic`, `group`.
-            kinds: only groups of these kinds; left out, all.
+            kinds: only groups of these kinds; left out, all; `layer` for residual branches, which compete as they are.
             combine: what is made of the scores of a unit's weights: `sum`, `mean`, `l1`, `l2`, `max`.
             min_keep: so many units of each group live.
             round_to: each group keeps a multiple of this, or all.
@@ -100,7 +114,7 @@ class TracedNetwork:
             NonFiniteScoreError: a score is NaN or infinite.
         """
         groups = self.groups_of(kinds)
-        pools = ranked(groups, checked_scores(scores, groups, self.shapes, combine, self.groups), scope, dead or {})
+        pools = ranked(groups, self.unit_scores(scores, groups=groups, combine=combine), scope, dead or {})
         check_target(sparsity=sparsity, params=params, macs=macs)
 
         def at(fraction: float) -> dict[str, list[int]]:
@@ -121,8 +135,13 @@ class TracedNetwork:
         return cost(small.apply, small.params, *self._inputs).macs
 
     def groups_of(self, kinds: Iterable[str] = ()) -> dict[str, Group]:
-        """The groups of these kinds, all if none is named."""
-        return of_kinds(self.groups, kinds)
+        """The groups of these kinds, all if none is named; of `layer`, the residual branches."""
+        kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+        if kinds != (LAYER,):
+            return of_kinds(self.groups, kinds)
+        if not self.layers:
+            raise UserMistake("the function has no residual branch: nothing that is added to what it was made of.")
+        return self.layers
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -139,7 +158,8 @@ class TracedNetwork:
             groups: of these groups; left out, of all.
             combine: what is made of the scores of a unit's weights: `sum`, `mean`, `l1`, `l2`, `max`.
         """
-        return checked_scores(scores, self.groups if groups is None else groups, self.shapes, combine, self.groups)
+        groups = self.groups if groups is None else groups
+        return checked_scores(scores, groups, self.shapes, combine, {**self.groups, **groups})
 
     def masks(self, dead: Dead) -> PyTree:
         """Bool arrays shaped like all parameters, False in every slice that a dead unit holds.
@@ -194,21 +214,23 @@ class TracedNetwork:
             name: [unit for unit, number in enumerate(numbers.tolist()) if number in gone]
             for name, (_, numbers) in self._analysis.groups.items()
         }
-        return {name: units for name, units in found.items() if units}
+        absent = {path for path, mask in named.items() if not np.any(mask)}
+        whole = {name: [0] for name, group in self.layers.items() if _paths(group) <= absent} if absent else {}
+        within = gone_in(whole, self.layers) if whole else set()
+        left = {name: units for name, units in found.items() if units and not _paths(self.groups[name]) <= within}
+        return left | whole
 
     def _keeps(self, dead: Dead) -> list[list[np.ndarray]]:
-        units = []
+        units, gone = [], set[str]()
         for name, chosen in dead.items():
-            if name not in self._analysis.groups:
-                known = ", ".join(self._analysis.groups) or "none"
-                raise UserMistake(
-                    f"group {name!r} is unknown{did_you_mean(name, self._analysis.groups)} (groups: {known})"
-                )
-            group, numbers = self._analysis.groups[name]
+            group, numbers = self._found(name)
             picked = np.asarray(list(chosen), np.int64).reshape(-1)
             bad = picked[(picked < 0) | (picked >= group.size)]
             if bad.size:
                 raise UserMistake(f"group {name!r} has no unit {int(bad[0])}: it has {group.size}, numbered from 0.")
+            if group.kind == LAYER:
+                gone |= _paths(group) if picked.size else set()
+                continue
             if np.unique(picked).size == group.size:
                 raise UserMistake(
                     f"all {group.size} units of group {name!r} are dead: nothing would go through it. Keep one or more."
@@ -217,9 +239,22 @@ class TracedNetwork:
         keeps = self._analysis.keeps(self._analysis.alive(np.concatenate(units) if units else ()))
         for path, axes in zip(self._analysis.paths, keeps, strict=True):
             for d, keep in enumerate(axes):
-                if keep.size and not keep.any():
+                if path in gone:
+                    keep[:] = False
+                elif keep.size and not keep.any():
                     raise UserMistake(f"axis {d} of {path!r} would be left without an index: kill fewer of its units.")
         return keeps
+
+    def _found(self, name: str) -> tuple[Group, np.ndarray]:
+        """A group, or a layer, and its units by their numbers in the analysis."""
+        if name in self._analysis.groups:
+            return self._analysis.groups[name]
+        if name in self.layers:
+            return self.layers[name], np.zeros(1, np.int64)
+        known = [*self.groups, *self.layers]
+        raise UserMistake(
+            f"group {name!r} is unknown{did_you_mean(name, known)} (groups: {', '.join(known) or 'none'})"
+        )
 
     def to_dot(self) -> str:
         """The network as a drawing for Graphviz: parameters as boxes, groups as coloured arrows between them."""
@@ -296,14 +331,18 @@ def shrink(
     Returns:
         `small(params, *inputs) -> outputs`; it can be jitted, differentiated, mapped, sharded and exported.
     """
+    sizes = {path: leaf.shape for path, leaf in leaves_by_path(shapes).items()}
+    gone = {path for path, axes in keep.items() if sizes[path] and all(sizes[path]) and not any(map(len, axes))}
 
     def small(params: PyTree, *inputs: Any) -> Any:
         whole = jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(s.shape, w.dtype), params, shapes)
         at = jax.tree.map(_struct, inputs)
-        if traced is not None and (whole, at) == (traced._shapes, traced._inputs):
+        known = traced is not None and (whole, at) == (traced._shapes, traced._inputs)
+        if traced is not None and known and not gone:
             analysis = traced._analysis
         else:
-            analysis = analyse(apply, whole, at, release)
+            function = traced._function if traced is not None and known else Function.of(apply, whole, at)
+            analysis = analyse(function, release, gone)
         alive = _alive(analysis, keep, at)
         return rewrite(analysis, alive, jax.tree.leaves(params), jax.tree.leaves(inputs))
 
@@ -356,6 +395,10 @@ def trace(apply: Callable[..., Any], params: PyTree, *inputs: Any, release: Iter
     Array([[6., 6.]], dtype=float32)
     """
     return TracedNetwork(apply, params, inputs, tuple([release] if isinstance(release, str) else release))
+
+
+def _paths(group: Group) -> set[str]:
+    return {path for path, _, _ in group.members}
 
 
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import numpy as np
 
 from prune_jax.budgets import TRIES, within_latency
 from prune_jax.checkpoints import Store
+from prune_jax.compaction import Dead, TracedNetwork
+from prune_jax.groups import LAYER, Group, gone_in
 from prune_jax.masks import apply_masks
 from prune_jax.models import Variables
 from prune_jax.networks import (
@@ -35,6 +39,13 @@ from prune_jax.reestimation import reestimate
 from prune_jax.structure import after, restored, stored
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
+WIRED = ("group", "layer")  # granularities that a network's trace knows
+
+
+def kinds_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of groups that may be pruned; all if there is none."""
+    return (LAYER,) if settings.get("granularity") == LAYER else tuple(settings.get("kinds", ()))
+
 
 def mask_groups(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """The network under masks of its lowest groups' units; the batch statistics of dead units are zero too."""
@@ -51,6 +62,7 @@ def mask_groups(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
         min_keep=max(settings.get("min_keep", 1), 1),
         round_to=settings.get("round_to", 1),
         dead=already,
+        kinds=(LAYER,) if settings["granularity"] == LAYER else (),
     )
     if share := settings["target"].get("latency"):
         sample = sample_of(dataset_of(call.problem))
@@ -74,7 +86,8 @@ def mask_groups(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
         jax.device_get(apply_masks(loaded.variables.state, masks["state"])),
     )
     arrays, metrics = masked(call, loaded._replace(variables=variables, masks=jax.device_get(params)))
-    units = {name: {"dead": len(dead.get(name, ())), "units": group.size} for name, group in net.groups.items()}
+    groups = net.layers if settings["granularity"] == LAYER else net.groups
+    units = {name: {"dead": len(dead.get(name, ())), "units": group.size} for name, group in groups.items()}
     return arrays, metrics | {"groups": units}
 
 
@@ -107,8 +120,18 @@ def compact(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metr
         variables = variables._replace(state=jax.device_get(state))
         made = made._replace(variables=variables)
     metrics = validated(call.problem, variables, dataset_of(call.problem), made.keep)
-    units = {
-        name: {"dead": len(dead.get(name, ())), "units": group.size, "kind": group.kind}
-        for name, group in net.groups.items()
+    return as_arrays(made), metrics | {"sparsity": sparsity_of(masks), "groups": _widths(net, dead)}
+
+
+def _widths(net: TracedNetwork, dead: Dead) -> dict[str, dict[str, Any]]:
+    """How many units of each group are gone; of layers, of those that are."""
+    layers = {name: group for name, group in net.layers.items() if name in dead}
+    gone = gone_in(dead, layers)
+
+    def lost(name: str, group: Group) -> int:
+        return group.size if {path for path, _, _ in group.members} <= gone else len(list(dead.get(name, ())))
+
+    return {
+        name: {"dead": lost(name, group), "units": group.size, "kind": group.kind}
+        for name, group in {**net.groups, **layers}.items()
     }
-    return as_arrays(made), metrics | {"sparsity": sparsity_of(masks), "groups": units}

@@ -173,6 +173,7 @@ def _check_targets(network: Any, inputs: Any, params: Any, recipe: Recipe) -> No
     import jax
 
     from prune_jax.allocation import allocate
+    from prune_jax.group_stages import WIRED, kinds_of
     from prune_jax.scoring import prunable_paths
     from prune_jax.structure import groups_of
     from prune_jax.trees import leaves_by_path
@@ -184,9 +185,10 @@ def _check_targets(network: Any, inputs: Any, params: Any, recipe: Recipe) -> No
         scored: Any = recipe.stages[wiring[name][0]] if stage.kind == "mask" else stage
         with _at(recipe.name, f"stages.{name}.exclude", list(scored.exclude)):
             paths = prunable_paths(params, exclude=scored.exclude)
-        if scored.granularity == "group":
-            with _at(recipe.name, f"stages.{name}.kinds", list(scored.kinds)):
-                groups_of(network, inputs).groups_of(scored.kinds)
+        if scored.granularity in WIRED:
+            field = "kinds" if scored.kinds else "granularity"
+            with _at(recipe.name, f"stages.{name}.{field}", getattr(scored, field)):
+                groups_of(network, inputs).groups_of(kinds_of(scored.model_dump()))
             continue
         if stage.kind == "score" or (stage.target and stage.target.word not in {"sparsity", "keep"}):
             continue

@@ -16,7 +16,7 @@ from prune_jax.datasets import Dataset
 from prune_jax.evaluation import describe, latencies, peak_bytes
 from prune_jax.export import EXTENSIONS, WRITERS
 from prune_jax.group_scoring import score_groups
-from prune_jax.group_stages import compact, mask_groups
+from prune_jax.group_stages import WIRED, compact, kinds_of, mask_groups
 from prune_jax.masks import apply_masks
 from prune_jax.models import Variables
 from prune_jax.networks import (
@@ -138,8 +138,8 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
         "options": criterion.get("options", {}),
     }
     entry, params = find(criterion["name"]), loaded.variables.params
-    if granularity == "group":
-        net, kinds = groups_for(call.problem, loaded.keep), call.settings.get("kinds", ())
+    if granularity in WIRED:
+        net, kinds = groups_for(call.problem, loaded.keep), kinds_of(call.settings)
         scores: Any = score_groups(net, entry, params, prefix="params/", kinds=kinds, **given)
     else:
         scores = score(entry, params, granularity=granularity, **given)
@@ -149,7 +149,7 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
 
 def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """The network under masks of its lowest scores."""
-    if call.settings.get("granularity") == "group":
+    if call.settings.get("granularity") in WIRED:
         return mask_groups(call, store, report)
     loaded = read_network(store, call.inputs["network"])
     (params, state), alive = loaded.variables, loaded.masks

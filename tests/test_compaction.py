@@ -49,7 +49,7 @@ def masks_by_hand(net, dead):
     """Zeros wherever `members` says that a dead unit is."""
     masks = {path: np.ones(np.shape(leaf), bool) for path, leaf in leaves_by_path(net.params).items()}
     for name, units in dead.items():
-        for path, axis, indices in net.groups[name].members:
+        for path, axis, indices in {**net.groups, **net.layers}[name].members:
             masks[path][(slice(None),) * axis + (np.ravel(indices[units]),)] = False
     return masks
 

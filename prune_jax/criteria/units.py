@@ -92,7 +92,7 @@ def fpgm(groups: Mapping[str, Group], leaves: Leaves) -> Scores:
     "oracle",
     formula="L(without the unit) - L",
     paper="Molchanov et al. 2017, arXiv:1611.06440, section 2.2",
-    granularities=("group",),
+    granularities=("group", "layer"),
     combine="unit and loss",
 )
 def oracle(groups: Mapping[str, Group], leaves: Leaves, *, loss: Loss, batches: Iterable[Any]) -> Scores:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from prune_jax.errors import NonFiniteScoreError, UserMistake, did_you_mean
+from prune_jax.groups.layers import LAYER
 from prune_jax.groups.trace import Group
 from prune_jax.trees import PyTree, leaves_by_path
 
@@ -79,7 +80,7 @@ def ranked(
                 "infinite or near the largest float."
             )
         mean = float(np.abs(values).mean())
-        scale = 1.0 if scope == "group" or not mean else mean
+        scale = 1.0 if scope == "group" or groups[name].kind == LAYER or not mean else mean
         pool = pools.setdefault({"global": None, "group": name}.get(scope, _shape(groups[name])), [])
         gone = frozenset(dead.get(name, ()))
         pool += [
@@ -108,23 +109,23 @@ def lowest(
         groups: name -> group.
         pools: units from the lowest score to the highest.
         count: the size of a pool -> how many of it die.
-        min_keep: so many units of each group live whatever their scores.
+        min_keep: so many units of each group live whatever their scores; layers have but one, which may die.
         round_to: each group keeps a multiple of this, the best of the dead with it, or all of its units.
     """
     dead: dict[str, list[int]] = {}
     for pool in pools:
         wanted = count(len(pool))
-        left = {name: max(groups[name].size - min_keep, 0) for name, _ in pool}
+        left = {name: groups[name].size - (0 if groups[name].kind == LAYER else min_keep) for name, _ in pool}
         for name, unit in pool:
             if not wanted:
                 break
-            if left[name]:
+            if left[name] > 0:
                 left[name] -= 1
                 wanted -= 1
                 dead.setdefault(name, []).append(unit)
     for name, units in dead.items():
         living = groups[name].size - len(units)
-        back = min(-living % round_to, len(units))
+        back = min(-living % round_to, len(units)) if groups[name].kind != LAYER else 0
         dead[name] = sorted(units[: len(units) - back])
     return {name: units for name, units in dead.items() if units}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
-from jax.interpreters import partial_eval
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from prune_jax.groups import elementwise, flow, lookups, moves, products, reductions, sharded  # noqa: F401 - they register rules
+from prune_jax.groups.function import Function, read_in
 from prune_jax.groups.labels import Labels, Reason
 from prune_jax.groups.units import SPLIT, Units, solve
 from prune_jax.groups.values import UNKNOWN, Axis, Value
@@ -59,6 +59,7 @@ class Analysis:
         starts: by parameter the axes' labels as they were given out, None where it has none.
         units: what may die.
         read: by parameter, whether anything reads it.
+        empty: by output, what stands for it where it is no more: the new value of what is gone.
     """
 
     closed: ClosedJaxpr
@@ -68,6 +69,7 @@ class Analysis:
     starts: tuple[tuple[Axis, ...], ...]
     units: Units
     read: tuple[bool, ...]
+    empty: tuple[jax.ShapeDtypeStruct | None, ...]
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -152,31 +154,30 @@ class Analysis:
         return f"{reason.text} ({reason.eqn.primitive.name}, {source_info_util.summarize(reason.eqn.source_info)})"
 
 
-def analyse(apply: Callable[..., Any], params: PyTree, inputs: Sequence[Any], release: Sequence[str] = ()) -> Analysis:
-    """Walks `apply(params, *inputs)` at the shapes of its arguments and finds what may die.
+def analyse(function: Function, release: Sequence[str] = (), gone: Collection[str] = ()) -> Analysis:
+    """Walks a function and finds what may die.
 
     Args:
-        apply: any JAX function.
-        params: any pytree of arrays, or of their shapes and types.
-        inputs: pytrees of the same.
+        function: any function.
         release: patterns of outputs that may lose indices; all others keep them, but for new values of parameters.
+        gone: paths of the parameters of residual branches that are taken away.
     """
-    whole, out = jax.make_jaxpr(apply, return_shape=True)(params, *inputs)
-    jaxpr = partial_eval.dce_jaxpr(whole.jaxpr, [True] * len(whole.jaxpr.outvars), instantiate=True)[0]
-    closed = ClosedJaxpr(jaxpr, whole.consts)
-    named = leaves_by_path(params)
+    closed, empty = function.without(gone)
     labels = Labels()
-    starts, values = _inputs(labels, jaxpr, len(named), [None] * len(jaxpr.invars))
-    outputs = Walk(labels).run(closed, values)
-    homes = mirrors(out, named)
-    for path, value, home in zip(leaves_by_path(out), outputs, homes, strict=True):
-        free = any(matches(path, pattern) for pattern in release)
+    starts, values = _inputs(labels, closed.jaxpr, len(function.named), [None] * len(closed.jaxpr.invars))
+    outputs = iter(Walk(labels).run(closed, values))
+    for path, home, nothing in zip(leaves_by_path(function.out), function.homes, empty, strict=True):
+        if nothing is not None:
+            continue
+        value, free = next(outputs), any(matches(path, pattern) for pattern in release)
         if not free and home not in value.news:
             for axis in value.axes:
                 labels.fix(axis.rows, _OUTPUT)
-    read = _read(jaxpr)
-    used = tuple(var in read for var in jaxpr.invars[: len(named)])
-    return Analysis(closed, jax.tree.structure(out), tuple(named), labels, starts, solve(labels), used)
+    read = read_in(closed.jaxpr)
+    used = tuple(var in read for var in closed.jaxpr.invars[: len(function.named)])
+    return Analysis(
+        closed, jax.tree.structure(function.out), tuple(function.named), labels, starts, solve(labels), used, empty
+    )
 
 
 def rewrite(analysis: Analysis, alive: np.ndarray, params: Sequence[Any], inputs: Sequence[Any]) -> PyTree:
@@ -186,25 +187,22 @@ def rewrite(analysis: Analysis, alive: np.ndarray, params: Sequence[Any], inputs
     outputs = Walk(labels, alive).run(analysis.closed, values)
     if labels.count != analysis.labels.count:
         raise RuntimeError("the second walk over a function met other axes than the first")
-    return jax.tree.unflatten(analysis.tree, [jnp.asarray(value.array) for value in outputs])
+    made = iter(outputs)
+    arrays = [next(made).array if e is None else jnp.zeros(e.shape, e.dtype) for e in analysis.empty]
+    return jax.tree.unflatten(analysis.tree, [jnp.asarray(array) for array in arrays])
 
 
 def _inputs(
     labels: Labels, jaxpr: Jaxpr, count: int, arrays: Sequence[Any]
 ) -> tuple[tuple[tuple[Axis, ...], ...], list[Value]]:
     """The axes of the first `count` inputs, the parameters, and the values of all."""
-    read = _read(jaxpr)
+    read = read_in(jaxpr)
     starts = tuple(_start(labels, var, var in read) for var in jaxpr.invars[:count])
     others = [tuple(Axis(labels.never(_INPUT, size)) for size in _shape(var)) for var in jaxpr.invars[count:]]
     weights = [True] * count + [False] * len(others)
     axes = [*starts, *others]
     values = [Value(a, array=x, weights=w) for a, x, w in zip(axes, arrays, weights, strict=True)]
     return starts, [replace(v, news=frozenset([i] if i < count else ())) for i, v in enumerate(values)]
-
-
-def _read(jaxpr: Jaxpr) -> set[Any]:
-    inside = {var for eqn in jaxpr.eqns for var in eqn.invars if isinstance(var, Var)}
-    return inside | {var for var in jaxpr.outvars if isinstance(var, Var)}
 
 
 def _shape(var: Any) -> tuple[int, ...]:
@@ -217,18 +215,6 @@ def _start(labels: Labels, var: Any, read: bool) -> tuple[Axis, ...]:
     return tuple(
         Axis(labels.never(_SINGLE), UNKNOWN) if size == 1 else Axis(labels.fresh(size), 0.0) for size in var.aval.shape
     )
-
-
-def mirrors(out: PyTree, named: Mapping[str, Any]) -> list[int | None]:
-    """By output, which parameter it is the new value of: the one whose path ends its own, of the same shape."""
-    numbers = {path: i for i, path in enumerate(named)}
-    found = []
-    for path, leaf in leaves_by_path(out).items():
-        parts = path.split("/")
-        tails = ["/".join(parts[i:]) for i in range(len(parts))]
-        hit = next((tail for tail in tails if tail in numbers and np.shape(named[tail]) == leaf.shape), None)
-        found.append(None if hit is None else numbers[hit])
-    return found
 
 
 def _named(analysis: Analysis) -> dict[str, tuple[Group, np.ndarray]]:

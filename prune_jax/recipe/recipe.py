@@ -88,9 +88,10 @@ class Finetune(Stage, Recovery):
 class Prunable(Frozen):
     """What dies together, and where nothing may."""
 
-    granularity: Literal["weight", "neuron", "group"] = Field(
+    granularity: Literal["weight", "neuron", "group", "layer"] = Field(
         default="weight",
-        description="what dies together; group: what the network's wiring ties, which `compact` can take away",
+        description="what dies together; group: what the network's wiring ties; layer: a residual branch as a whole; "
+        "`compact` can take both away",
     )
     kinds: tuple[Literal["neuron", "channel", "head", "head_dim", "width", "feature"], ...] = Field(
         default=(), description="groups of these kinds alone; left out, all"
@@ -131,8 +132,9 @@ class Allocation(Frozen):
         return self
 
 
-_SCOPES = {"group": ("global", "layer", "isomorphic")}
-_TARGETS = {"group": ("sparsity", "params", "macs", "latency")}
+_BUDGETS = ("sparsity", "params", "macs", "latency")
+_SCOPES = {"group": ("global", "layer", "isomorphic"), "layer": ("global",)}
+_TARGETS = {"group": _BUDGETS, "layer": _BUDGETS}
 
 
 def check_units(stage: Allocation, granularity: str, where: str = "") -> None:
@@ -140,7 +142,7 @@ def check_units(stage: Allocation, granularity: str, where: str = "") -> None:
     scopes = _SCOPES.get(granularity, ("global", "layer", "erk"))
     words = _TARGETS.get(granularity, ("sparsity", "keep", "threshold", "statistic", "percentile"))
     shown = stage.scope if isinstance(stage.scope, str) else "a table"
-    if shown not in scopes and not (isinstance(stage.scope, dict) and granularity != "group"):
+    if shown not in scopes and not (isinstance(stage.scope, dict) and granularity not in _SCOPES):
         message = f"{shown} does not go with granularity {granularity} (allowed: {', '.join(scopes)})"
         raise mistake(f"{where}scope", message)
     word = stage.target.word if stage.target else words[0]
