@@ -198,7 +198,7 @@ class TracedNetwork:
         return CompactNetwork(self, keep, self.params if params is None else params)
 
     def dead_in(self, masks: PyTree) -> dict[str, list[int]]:
-        """The units that hold nothing but masked weights: those that `compact` can take away.
+        """The units that hold nothing but masked weights, and the layers that add zero: what `compact` can take away.
 
         Args:
             masks: bool arrays under the parameters' paths, False = dead; parameters that it lacks live.
@@ -214,8 +214,9 @@ class TracedNetwork:
             name: [unit for unit, number in enumerate(numbers.tolist()) if number in gone]
             for name, (_, numbers) in self._analysis.groups.items()
         }
-        absent = {path for path, mask in named.items() if not np.any(mask)}
-        whole = {name: [0] for name, group in self.layers.items() if _paths(group) <= absent} if absent else {}
+        absent = [p for p, path in enumerate(self._analysis.paths) if path in named and not np.any(named[path])]
+        branches = zip(self.layers, self._function.branches, strict=True) if absent else ()
+        whole = {name: [0] for name, branch in branches if branch.is_zero(absent)}
         within = gone_in(whole, self.layers) if whole else set()
         left = {name: units for name, units in found.items() if units and not _paths(self.groups[name]) <= within}
         return left | whole

@@ -143,6 +143,8 @@ def describe(network: Network, variables: Variables, masks: PyTree | None, input
     prunable = sum(mask.size for mask in alive.values())
     layers = {}
     for path, leaf in leaves_by_path(variables.params).items():
+        if not leaf.size:  # of a layer that was taken away
+            continue
         macs, effective_macs = counted.layers.get(path, (0, 0))
         layers[path] = {
             "shape": list(leaf.shape),

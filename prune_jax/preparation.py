@@ -186,8 +186,8 @@ def _check_targets(network: Any, inputs: Any, params: Any, recipe: Recipe) -> No
         with _at(recipe.name, f"stages.{name}.exclude", list(scored.exclude)):
             paths = prunable_paths(params, exclude=scored.exclude)
         if scored.granularity in WIRED:
-            field = "kinds" if scored.kinds else "granularity"
-            with _at(recipe.name, f"stages.{name}.{field}", getattr(scored, field)):
+            field, value = ("kinds", list(scored.kinds)) if scored.kinds else ("granularity", scored.granularity)
+            with _at(recipe.name, f"stages.{name}.{field}", value):
                 groups_of(network, inputs).groups_of(kinds_of(scored.model_dump()))
             continue
         if stage.kind == "score" or (stage.target and stage.target.word not in {"sparsity", "keep"}):

@@ -137,6 +137,44 @@ def test_rounds_prune_a_group_step_by_step_and_what_is_dead_stays_dead(shared):
     assert not (last["hidden_0"]["kernel"] & ~first["hidden_0"]["kernel"]).any()
 
 
+LAYERED = {
+    "blobs": {"kind": "tests.samples.nets:Residual"},
+    "series": {"kind": "transformer", "dim": 4, "heads": 2, "layers": 2},
+    "images": MODELS["resnet"][1],
+}
+
+
+@pytest.mark.parametrize("data", [d if d == "blobs" else pytest.param(d, marks=pytest.mark.slow) for d in LAYERED])
+def test_residual_branches_are_pruned_taken_away_and_what_is_left_trains_on(shared, data):
+    stages = {
+        "train": TRAIN,
+        "prune": {
+            **GROUPS,
+            "criterion": "taylor",
+            "granularity": "layer",
+            "schedule": {"kind": "iterative", "rounds": 2},
+            "finetune": {"steps": 2},
+        },
+        "compact": COMPACT,
+        "finetune": RECOVERY,
+        "thin": {**GROUPS, "after": "finetune"},
+        "smaller": COMPACT,
+        "evaluate": {**EVALUATE, "of": ["train", "prune", "compact", "thin", "smaller"]},
+        "export": {"kind": "export", "of": "smaller", "formats": ["stablehlo", "safetensors", "onnx"]},
+    }
+    _, results = run_plain(tiny(data, model=LAYERED[data], **stages), shared)
+    found = {name: results["evaluate"].metrics[results[name].key] for name in stages["evaluate"]["of"]}
+    for small, masked in (("compact", "prune"), ("smaller", "thin")):
+        assert found[small]["loss"] == pytest.approx(found[masked]["loss"], rel=1e-4)
+        assert found[small]["params"] < found[masked]["params"]
+    groups = results["compact"].metrics["groups"]
+    layers = {name: group for name, group in groups.items() if group["kind"] == "layer"}
+    assert layers
+    assert all(group["dead"] == group["units"] == 1 for group in layers.values())
+    assert any(group["dead"] == group["units"] > 1 for group in groups.values())  # what was in them
+    assert results["export"].metrics["stablehlo"]["largest_difference"] <= 1e-4
+
+
 def test_excluded_layers_keep_their_units(shared):
     prune = {**GROUPS, "exclude": ["hidden_0/*"]}
     model = {"kind": "mlp", "widths": [12, 8, 6]}
@@ -163,7 +201,22 @@ def test_excluded_layers_keep_their_units(shared):
             {"granularity": "weight", "target": {"macs": 0.5}},
             "stages.prune.target.macs: does not go with granularity weight",
         ),
-        ({"criterion": "taylor", "granularity": "neuron"}, "'neuron' is not possible here (allowed: weight, group)"),
+        (
+            {"criterion": "taylor", "granularity": "neuron"},
+            "'neuron' is not possible here (allowed: weight, group, layer)",
+        ),
+        (
+            {"granularity": "layer"},
+            "stages.prune.granularity = 'layer': the function has no residual branch",
+        ),
+        (
+            {"granularity": "layer", "scope": "layer"},
+            "scope: layer does not go with granularity layer (allowed: global)",
+        ),
+        (
+            {"granularity": "layer", "criterion": "fpgm"},
+            "stages.prune.granularity = 'layer': granularity 'layer' is not possible here",
+        ),
     ],
 )
 def test_what_does_not_go_with_groups_is_refused(shared, prune, message):

@@ -280,6 +280,30 @@ def test_a_cut_made_where_a_network_rests_serves_where_it_trains():
     assert state["batch_stats"]["Block_1"]["BatchNorm_0"]["mean"].shape == (0,)
 
 
+def test_a_norm_before_a_branch_dies_with_it_in_both_modes():
+    class Branch(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            y = nn.BatchNorm(use_running_average=not train)(x)
+            return nn.Dense(2)(x + nn.Dense(x.shape[-1])(nn.relu(nn.Dense(5)(y))))
+
+    model, x = Branch(), make(3, 4)
+    variables = make.like(jax.eval_shape(model.init, jax.random.key(0), x))
+
+    def both(v, x):
+        return model.apply(v, x, train=True, mutable=["batch_stats"]), model.apply(v, x)
+
+    net = trace(both, variables, x)
+    (layer,) = net.layers.values()
+    assert {path.split("/", 2)[1] for path, _, _ in layer.members} == {"BatchNorm_0", "Dense_1", "Dense_2"}
+    assert {path for path, _, _ in layer.members} >= {"batch_stats/BatchNorm_0/mean", "params/BatchNorm_0/scale"}
+    masks = net.masks({layer.name: [0]})
+    masks["batch_stats"] = jax.tree.map(jnp.ones_like, masks["batch_stats"])  # a masked network that trains fills them
+    assert net.dead_in(masks) == {layer.name: [0]}
+    small = net.compact({layer.name: [0]})
+    close(small.of(model.apply)(small.params, x), model.apply(pj.apply_masks(variables, masks), x), 1e-5)
+
+
 def test_layers_compete_by_their_scores_as_they_are():
     scores = jax.tree.map(jnp.ones_like, CHAIN)
     scores["a"] = jax.tree.map(lambda s: 3 * s, scores["a"])

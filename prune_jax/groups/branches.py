@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
@@ -51,6 +51,12 @@ class Branch:
 
     params: frozenset[int]
     joins: tuple[Join, ...]
+    _graph: Graph = field(repr=False, compare=False)
+    _additions: tuple[_Candidate, ...] = field(repr=False, compare=False)
+
+    def is_zero(self, params: Iterable[int]) -> bool:
+        """Whether it adds zero wherever it is added once these parameters are zero."""
+        return all(_is_zero(self._graph, addition, params) for addition in self._additions)
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,10 @@ def _branch(
                 seen.add(reader)
                 heapq.heappush(heap, reader)
     outer = [c for c in joined.values() if not any(c.node in other.inside for other in joined.values())]
-    own = _own(graph, first.params, {(c.node, c.branch) for c in outer if c.branch != c.stays}, ranks, mirrored)
-    if not own or not all(_is_zero(graph, c, own) for c in outer):
-        return None
-    return Branch(own, tuple(c.join for c in outer))
+    params = frozenset[int]().union(*(c.params for c in outer))
+    own = _own(graph, params, {(c.node, c.branch) for c in outer if c.branch != c.stays}, ranks, mirrored)
+    branch = Branch(own, tuple(c.join for c in outer), graph, tuple(outer))
+    return branch if own and branch.is_zero(own) else None
 
 
 def _like(graph: Graph, first: _Candidate, other: _Candidate, seen: set[int]) -> bool:

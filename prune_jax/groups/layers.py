@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from prune_jax.groups.function import Function
-from prune_jax.groups.trace import Group
+from prune_jax.groups.trace import Group, unique
 
 LAYER = "layer"
 
@@ -15,10 +15,10 @@ LAYER = "layer"
 def layers(function: Function) -> dict[str, Group]:
     """The residual branches of a function: name -> a group whose only unit holds all that the branch alone reads."""
     paths = list(function.named)
-    found = {}
+    found: dict[str, Group] = {}
     for branch in function.branches:
         mine = [paths[p] for p in sorted(branch.params)]
-        name = f"{_module(mine, function)}.{LAYER}"
+        name = unique(f"{_module(mine, function)}.{LAYER}", found)
         members = tuple((path, 0, np.arange(function.named[path].shape[0])[None]) for path in mine)
         found[name] = Group(name, LAYER, 1, members)
     return found

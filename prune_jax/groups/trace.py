@@ -223,7 +223,7 @@ def _named(analysis: Analysis) -> dict[str, tuple[Group, np.ndarray]]:
     for units, rows in _alike(analysis.table):
         members = _members(analysis, rows)
         kind = roles.kind(units[0], members)
-        name = _unique(roles.name(kind, members), found)
+        name = unique(roles.name(kind, members), found)
         found[name] = (Group(name, kind, len(units), members), units)
     return found
 
@@ -313,7 +313,8 @@ class _Roles:
         return f"{'/'.join(parts)}.{ending}"
 
 
-def _unique(name: str, taken: Mapping[str, Any]) -> str:
+def unique(name: str, taken: Mapping[str, Any]) -> str:
+    """The name, with a number behind it if it is taken."""
     number, found = 1, name
     while found in taken:
         number += 1

@@ -100,3 +100,20 @@ class AnswersTuple(NnxNet):
 
 
 NOT_A_MODEL = 3
+
+
+class Residual(nnx.Module):
+    """Blocks that are added to what they are made of."""
+
+    def __init__(self, inputs, outputs, width=6, *, rngs):
+        self.input = nnx.Linear(inputs[0], width, rngs=rngs)
+        self.norms = nnx.List([nnx.BatchNorm(width, rngs=rngs) for _ in range(2)])
+        self.ups = nnx.List([nnx.Linear(width, 8, rngs=rngs) for _ in range(2)])
+        self.downs = nnx.List([nnx.Linear(8, width, rngs=rngs) for _ in range(2)])
+        self.output = nnx.Linear(width, outputs, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.input(x)
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+            x = x + down(nnx.relu(up(norm(x))))
+        return self.output(x)
