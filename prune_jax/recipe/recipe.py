@@ -214,11 +214,11 @@ class Export(Stage):
     """Writes the network to files that need none of its code."""
 
     kind: Literal["export"]
-    formats: tuple[Literal["stablehlo", "safetensors", "onnx"], ...] = Field(
+    formats: tuple[Literal["stablehlo", "safetensors", "packed", "onnx"], ...] = Field(
         default=EXPORTS,
         min_length=1,
-        description="stablehlo: a program with its weights, for any batch size; safetensors: the arrays alone; onnx: "
-        "as stablehlo, for other runtimes (needs the extra `onnx`)",
+        description="stablehlo: a program with its weights, for any batch size; safetensors: the arrays alone; packed: "
+        "the same, sparse ones as bits and values; onnx: as stablehlo, for other runtimes (needs the extra `onnx`)",
     )
 
 
