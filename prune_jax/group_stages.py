@@ -113,7 +113,8 @@ def compact(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metr
         masks = None
     shapes = shapes_of(call.problem)
     keep = small.keep if loaded.keep is None else after(restored(loaded.keep, shapes), small.keep)
-    made = Loaded(variables, masks, stored(keep, shapes))
+    moments = {name: small.slice({"params": tree})["params"] for name, tree in (loaded.moments or {}).items()}
+    made = Loaded(variables, masks, stored(keep, shapes), jax.device_get(moments) or None)
     if most := call.settings.get("reestimate_batches"):
         batches = map(inputs_of, batches_of(dataset_of(call.problem).train, call, most, report))
         state = reestimate(network_for(call.problem, made.keep), variables, batches, seed=call.seed)

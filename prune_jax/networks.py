@@ -16,6 +16,7 @@ from prune_jax.datasets import Dataset, Split
 from prune_jax.evaluation import evaluator
 from prune_jax.masks import sparsity
 from prune_jax.models import Network, Variables
+from prune_jax.moments import masked_moments
 from prune_jax.objectives import inputs_of, objective
 from prune_jax.problems import dataset_of, examples_of, network_of, records_at, sample_of
 from prune_jax.progress import Progress, Report
@@ -33,6 +34,7 @@ class Loaded(NamedTuple):
     variables: Variables
     masks: PyTree | None
     keep: PyTree | None = None  # of a compact network, as `structure.stored` has it
+    moments: PyTree | None = None  # of the optimizer, where the training stored them
 
 
 def read_network(store: Store, ref: Ref) -> Loaded:
@@ -40,15 +42,13 @@ def read_network(store: Store, ref: Ref) -> Loaded:
     arrays, _ = store.read(ref)
     params = arrays.get("params", {})
     masks = like(params, arrays["masks"]) if "masks" in arrays else None
-    return Loaded(Variables(params, arrays.get("state", {})), masks, arrays.get("keep"))
+    return Loaded(Variables(params, arrays.get("state", {})), masks, arrays.get("keep"), arrays.get("moments"))
 
 
 def as_arrays(loaded: Loaded) -> Arrays:
     """A network as the store holds it."""
-    arrays = loaded.variables._asdict()
-    if loaded.masks is not None:
-        arrays["masks"] = loaded.masks
-    return arrays if loaded.keep is None else {**arrays, "keep": loaded.keep}
+    more = {"masks": loaded.masks, "keep": loaded.keep, "moments": loaded.moments}
+    return {**loaded.variables._asdict(), **{name: tree for name, tree in more.items() if tree is not None}}
 
 
 def shapes_of(problem: Problem) -> PyTree:
@@ -137,4 +137,6 @@ def repeated(sample: dict[str, np.ndarray], batch_size: int) -> tuple[np.ndarray
 def masked(call: StageCall, loaded: Loaded) -> tuple[Arrays, Metrics]:
     """What a masked network leaves in the store, and how it does on the validation split."""
     metrics = validated(call.problem, loaded.variables, dataset_of(call.problem), loaded.keep)
+    if loaded.moments is not None:
+        loaded = loaded._replace(moments=masked_moments(loaded.moments, loaded.masks))
     return as_arrays(loaded), metrics | {"sparsity": sparsity_of(loaded.masks)}

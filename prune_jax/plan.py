@@ -162,6 +162,7 @@ def rewind_call(rewind: Any, origin: StageCall, name: str) -> StageCall | None:
         return None
     step = 0 if rewind == "initialisation" else rewind["step"]
     settings = {**origin.settings, "stop_step": step}
+    settings.pop("store_moments", None)  # nothing goes on with those
     return train_call(f"{name}.rewind", origin.problem, settings, origin.seed, operation=origin.operation)
 
 

@@ -96,6 +96,7 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
 
     settings = dict(call.settings)
     optimizer = Optimizer.model_validate(settings.pop("optimizer", {}))
+    goes_on, stores = settings.pop("moments", "fresh") == "kept", settings.pop("store_moments", False)
     network = network_for(call.problem, start.keep)
 
     def beat(done: int, total: int, loss: float, rate: float) -> None:
@@ -111,6 +112,7 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
             batch_size=call.problem.data.batch_size,
             seed=call.seed,
             masks=start.masks,
+            moments=(start.moments or {}) if goes_on else None,
             checkpoints=checkpoints,
             checkpoint_seconds=call.operation.checkpoint_seconds,
             beat=beat,
@@ -122,7 +124,9 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
     metrics |= {"sparsity": sparsity_of(start.masks), "steps": int(fitted.losses.size)}
     if fitted.resumed_from:
         metrics["resumed_from_step"] = fitted.resumed_from
-    return {**as_arrays(start._replace(variables=fitted.variables)), "losses": fitted.losses}, metrics
+    moments = jax.device_get(fitted.moments) if stores else None
+    made = start._replace(variables=fitted.variables, moments=moments)
+    return {**as_arrays(made), "losses": fitted.losses}, metrics
 
 
 def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:

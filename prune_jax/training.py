@@ -22,9 +22,10 @@ from prune_jax.datasets import GrainSplit, Split
 from prune_jax.errors import DivergedError
 from prune_jax.masks import apply_masks
 from prune_jax.models import Network, Variables
+from prune_jax.moments import moments_of, with_moments
 from prune_jax.objectives import inputs_of, objective, penalty
 from prune_jax.recipe import Optimizer
-from prune_jax.sparse_training import masked
+from prune_jax.sparse_training import MaskedState, masked
 from prune_jax.trees import PyTree
 
 BEAT_SECONDS = 0.25
@@ -47,6 +48,7 @@ class Fitted(NamedTuple):
     variables: Variables
     losses: np.ndarray  # [steps]
     resumed_from: int
+    moments: PyTree  # of the optimizer after the last step
 
 
 def learning_rate(optimizer: Optimizer, steps: int) -> optax.Schedule:
@@ -167,6 +169,7 @@ def fit(
     steps: int | None = None,
     stop_step: int | None = None,
     masks: PyTree | None = None,
+    moments: PyTree | None = None,
     l1: float = 0.0,
     l2: float = 0.0,
     checkpoints: Steps | None = None,
@@ -187,6 +190,7 @@ def fit(
         steps: steps in all.
         stop_step: stop there, as if the training were cut off; the learning rate is that of the whole training.
         masks: `True` = alive; pruned weights and their moments stay exactly zero.
+        moments: of an earlier training by the same optimizer, zero where a weight is pruned; left out, fresh ones.
         l1: weight of sum |w|.
         l2: weight of sum w^2 / 2.
         checkpoints: where step checkpoints lie; a killed training goes on from the last.
@@ -214,7 +218,7 @@ def fit(
         gathered=gathered,
         devices=devices,
     )
-    state = _begin(variables, optimizer, total, masks)
+    state = _begin(variables, optimizer, total, masks, moments)
     start = 0
     if checkpoints is not None and (found := checkpoints.latest(jax.tree.map(np.asarray, state))):
         start, state = found
@@ -234,16 +238,22 @@ def fit(
         clock.tick(done, state)
     clock.finish(state)
     params, last = jax.device_get((state.params, state.state))
-    return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start)
+    inner = state.optimizer if masks is None else state.optimizer.inner
+    return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start, moments_of(inner))
 
 
-def _begin(variables: Variables, optimizer: Optimizer, steps: int, masks: PyTree | None) -> TrainState:
-    transformation = make_optimizer(optimizer, steps)
+def _begin(
+    variables: Variables, optimizer: Optimizer, steps: int, masks: PyTree | None, moments: PyTree | None = None
+) -> TrainState:
     params = jax.tree.map(jnp.array, variables.params)  # a copy: the step donates it
     if masks is not None:
         params = apply_masks(params, masks)
-        transformation = masked(transformation, masks)
-    inner = jax.tree.map(jnp.array, transformation.init(params))
+    inner = make_optimizer(optimizer, steps).init(params)
+    if moments is not None:
+        inner = with_moments(inner, moments)
+    if masks is not None:
+        inner = MaskedState(masks, inner)
+    inner = jax.tree.map(jnp.array, inner)
     state = jax.tree.map(jnp.array, variables.state)
     return TrainState(params, state, inner, jnp.zeros((), jnp.int32), jnp.zeros((steps,), jnp.float32))
 

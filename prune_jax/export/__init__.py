@@ -1,6 +1,7 @@
 """Exports: a network in one file that runs, or can be read, without its code."""
 
 from prune_jax.export.formats import EXTENSIONS, WRITERS, Written, missing
+from prune_jax.export.packed import load_packed
 from prune_jax.export.stablehlo import load_stablehlo
 
-__all__ = ["EXTENSIONS", "WRITERS", "Written", "load_stablehlo", "missing"]
+__all__ = ["EXTENSIONS", "WRITERS", "Written", "load_packed", "load_stablehlo", "missing"]

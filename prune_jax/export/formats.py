@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from prune_jax.errors import PruneError
+from prune_jax.export.packed import load_packed, to_packed
 from prune_jax.export.stablehlo import Forward, load_stablehlo, to_stablehlo
+from prune_jax.export.tensors import load_safetensors, to_safetensors
 from prune_jax.trees import PyTree, leaves_by_path
 
 BATCH_SIZES = (1, 3)  # on which an export is compared with the network
@@ -40,16 +42,26 @@ def stablehlo(forward: Forward, variables: PyTree, sample: Sequence[np.ndarray])
 
 def safetensors(forward: Forward, variables: PyTree, sample: Sequence[np.ndarray]) -> Written:
     """The arrays by their paths, with no program; read again and compared bit for bit."""
-    import safetensors.numpy
-
     del forward, sample
     arrays = {path: np.ascontiguousarray(leaf) for path, leaf in leaves_by_path(variables).items() if np.size(leaf)}
-    data = safetensors.numpy.save(arrays)
-    again = safetensors.numpy.load(data)
+    data = to_safetensors(arrays)
+    again, _ = load_safetensors(data)
     different = [path for path, array in arrays.items() if again[path].tobytes() != array.tobytes()]
     if different:
         raise PruneError(f"safetensors gave back other numbers in {', '.join(different)}.")
     return Written(data, {"bytes": len(data), "arrays": len(arrays)})
+
+
+def packed(forward: Forward, variables: PyTree, sample: Sequence[np.ndarray]) -> Written:
+    """The arrays by their paths, the sparse ones as bits and values; read again and compared bit for bit."""
+    del forward, sample
+    arrays = {path: np.asarray(leaf) for path, leaf in leaves_by_path(variables).items()}
+    data = to_packed(arrays)
+    again, dense = load_packed(data), sum(array.nbytes for array in arrays.values())
+    different = [path for path, array in arrays.items() if not _same(array, again.get(path))]
+    if different:
+        raise PruneError(f"the packed file gave back other arrays in {', '.join(different)}.")
+    return Written(data, {"bytes": len(data), "bytes_dense": dense, "ratio": round(dense / len(data), 3)})
 
 
 def onnx(forward: Forward, variables: PyTree, sample: Sequence[np.ndarray]) -> Written:
@@ -75,6 +87,10 @@ def onnx(forward: Forward, variables: PyTree, sample: Sequence[np.ndarray]) -> W
     if not worst <= TOLERANCE:
         raise PruneError(f"the ONNX program differs from the network by {worst:.2g} of its largest output. {MEND}")
     return Written(data, {"bytes": len(data), "opset": OPSET, "largest_difference": worst})
+
+
+def _same(a: np.ndarray, b: np.ndarray | None) -> bool:
+    return b is not None and (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
 
 
 def _difference(found: Any, expected: Any) -> float:
@@ -110,7 +126,13 @@ def missing(name: str) -> tuple[str, ...]:
 WRITERS: dict[str, Callable[[Forward, PyTree, Sequence[np.ndarray]], Written]] = {
     "stablehlo": stablehlo,
     "safetensors": safetensors,
+    "packed": packed,
     "onnx": onnx,
 }
-EXTENSIONS = {"stablehlo": "model.stablehlo", "safetensors": "model.safetensors", "onnx": "model.onnx"}
+EXTENSIONS = {
+    "stablehlo": "model.stablehlo",
+    "safetensors": "model.safetensors",
+    "packed": "model.packed.safetensors",
+    "onnx": "model.onnx",
+}
 PACKAGES = {"onnx": ("onnx", "onnxruntime")}  # of the extra of the same name

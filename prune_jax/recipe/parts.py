@@ -366,11 +366,21 @@ class Recovery(Frozen):
     rewind: Literal["none", "initialisation"] | RewindStep = Field(
         default="none", description="start from the weights at initialisation or at a step (Frankle 2019, 2020)"
     )
+    moments: Literal["fresh", "kept"] = Field(
+        default="fresh", description="kept: go on with the optimizer's moments that are stored with the network"
+    )
+    store_moments: bool = Field(default=False, description="with the network, for a stage whose `moments` are kept")
 
     @model_validator(mode="after")
     def _one_length(self) -> Recovery:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("needs exactly one of epochs, steps")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_belong_to_weights(self) -> Recovery:
+        if self.moments == "kept" and self.rewind != "none":
+            raise mistake("moments", "belong to the weights that `rewind` replaces: leave one of the two out")
         return self
 
 

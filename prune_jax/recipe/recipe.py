@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prune_jax.recipe.moments import check_moments
 from prune_jax.recipe.parts import (
     Criterion,
     Data,
@@ -71,6 +72,7 @@ class Train(Stage):
     steps: int | None = Field(default=None, ge=1)
     l1: float = Field(default=0.0, ge=0, description="adds l1 * sum |w| over the kernels to the loss")
     l2: float = Field(default=0.0, ge=0, description="adds l2 / 2 * sum w^2 over the kernels to the loss")
+    store_moments: bool = Field(default=False, description="with the network, for a stage whose `moments` are kept")
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -216,11 +218,11 @@ class Export(Stage):
     """Writes the network to files that need none of its code."""
 
     kind: Literal["export"]
-    formats: tuple[Literal["stablehlo", "safetensors", "onnx"], ...] = Field(
+    formats: tuple[Literal["stablehlo", "safetensors", "packed", "onnx"], ...] = Field(
         default=EXPORTS,
         min_length=1,
-        description="stablehlo: a program with its weights, for any batch size; safetensors: the arrays alone; onnx: "
-        "as stablehlo, for other runtimes (needs the extra `onnx`)",
+        description="stablehlo: a program with its weights, for any batch size; safetensors: the arrays alone; packed: "
+        "the same, sparse ones as bits and values; onnx: as stablehlo, for other runtimes (needs the extra `onnx`)",
     )
 
 
@@ -290,4 +292,5 @@ class Recipe(Frozen):
         for name, stage in stages.items():
             if isinstance(stage, Mask):
                 check_units(stage, stages[wiring[name][0]].granularity, f"{name}.")
+        check_moments(stages, wiring)
         return stages
