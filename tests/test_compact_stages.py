@@ -163,7 +163,10 @@ def test_excluded_layers_keep_their_units(shared):
             {"granularity": "weight", "target": {"macs": 0.5}},
             "stages.prune.target.macs: does not go with granularity weight",
         ),
-        ({"criterion": "taylor", "granularity": "neuron"}, "'neuron' is not possible here (allowed: weight, group)"),
+        (
+            {"criterion": "taylor", "granularity": "neuron"},
+            "'neuron' is not possible here (allowed: weight, n:m such as '2:4', group)",
+        ),
     ],
 )
 def test_what_does_not_go_with_groups_is_refused(shared, prune, message):

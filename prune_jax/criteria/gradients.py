@@ -52,7 +52,11 @@ def snip(params: PyTree, stats: Statistics) -> PyTree:
     formula="mean (g * w)^2",
     paper="Molchanov et al. 2017, arXiv:1611.06440; 2019, arXiv:1906.10771",
     needs=("gradient_square",),
-    granularities=("weight", "group"),  # a neuron's score would be the square of a sum, not the sum of these squares
+    granularities=(
+        "weight",
+        "n:m",
+        "group",
+    ),  # a neuron's score would be the square of a sum, not the sum of these squares
     combine="square of sum",
 )
 def taylor(params: PyTree, stats: Statistics) -> PyTree:
