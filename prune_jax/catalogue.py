@@ -35,10 +35,19 @@ SCHEDULES = {
     "iterative, cubic": ("s_r = s (1 - (1 - r/R)³)", "Zhu & Gupta 2017, arXiv:1710.01878"),
 }
 GRANULARITIES = {
-    "weight": "each weight by itself",
-    "neuron": "the incoming weights of a unit, and its bias",
-    "group": "channels, neurons, heads, widths: what the network's wiring ties; `compact` takes them away",
-    "layer": "residual branches as a whole: what they are added to goes on without them; `compact` takes them away",
+    "weight": ("each weight by itself", ""),
+    "n:m, such as '2:4'": (
+        "w[m g : m g + m, o]: n are kept of each m weights along the inputs; no target",
+        "Mishra et al. 2021, arXiv:2104.08378",
+    ),
+    "{block: [r, c]}": (
+        "w[r a : r a + r, c b : c b + c]: r inputs x c outputs; of k weights at an edge, s · r c / k",
+        "Gray et al. 2017; Narang et al. 2017, arXiv:1711.02782",
+    ),
+    "kernel": ("w[:, :, i, o]: all positions of a convolution's slice", "Mao et al. 2017, arXiv:1705.08922"),
+    "neuron": ("w[..., o]: the incoming weights of a unit, and its bias", "Li et al. 2017, arXiv:1608.08710"),
+    "group": ("channels, neurons, heads, widths: what the network's wiring ties; `compact` takes them away", ""),
+    "layer": ("residual branches, each as a whole; what it is added to goes on alone; `compact` takes them away", ""),
 }
 
 
@@ -48,11 +57,11 @@ def methods_tables() -> Iterator[Table]:
     for name in CRITERIA:
         entry = CRITERIA[name]
         needs = ", ".join(sorted(entry.needs)) or "nothing"
-        table.add_row(name, escape(entry.formula), needs, ", ".join(entry.granularities), escape(entry.paper))
+        table.add_row(name, escape(entry.formula), needs, escape(", ".join(entry.granularities)), escape(entry.paper))
     yield table
-    table = _table("granularity", "what dies together")
-    for name, meaning in GRANULARITIES.items():
-        table.add_row(name, meaning)
+    table = _table("granularity", "what dies together", "paper")
+    for name, (meaning, paper) in GRANULARITIES.items():
+        table.add_row(escape(name), escape(meaning), paper)
     yield table
     table = _table("scope", "within which set scores compete", "paper")
     for name, (meaning, paper) in SCOPES.items():

@@ -11,7 +11,8 @@ import numpy as np
 
 from prune_jax.allocation import Pool
 from prune_jax.errors import LayerCollapseError, NonFiniteScoreError, UserMistake, did_you_mean
-from prune_jax.selection import all_but_lowest
+from prune_jax.granularity import has_groups
+from prune_jax.selection import all_but_lowest, n_of_m
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 
@@ -45,6 +46,31 @@ def choose(scores: PyTree, pools: Iterable[Pool], *, alive: PyTree | None = None
     def mask(path: str, leaf: Any) -> jax.Array:
         found = chosen.get(path, jnp.ones(jnp.shape(leaf), bool))
         return found & living[path] if path in living else found
+
+    return map_by_path(mask, scores)
+
+
+def choose_n_of_m(scores: PyTree, n: int, m: int, *, alive: PyTree | None = None) -> PyTree:
+    """Masks all but the n highest of each m weights that follow one another along the inputs, axis -2.
+
+    Of equal ones the first die. What is dead in `alive` dies first and stays dead. Where m does not divide the inputs,
+    at most n of the last, shorter group live. Leaves of fewer than two axes, or than m inputs, stay dense.
+
+    Args:
+        scores: arrays `[.., in, out]` of finite numbers.
+        n: how many of each group live.
+        m: how many weights are a group.
+        alive: earlier masks of the same shapes; leaves that it lacks count as alive.
+
+    Returns:
+        Bool arrays shaped like `scores`.
+    """
+    living = {path: jnp.asarray(mask, bool) for path, mask in leaves_by_path(alive).items()}
+
+    def mask(path: str, leaf: Any) -> jax.Array:
+        leaf, tier = jnp.asarray(leaf), living.get(path)
+        found = n_of_m(leaf, tier, n, m) if has_groups(leaf.shape, m) else jnp.ones(leaf.shape, bool)
+        return found if tier is None else found & tier
 
     return map_by_path(mask, scores)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from prune_jax.criteria import find
+from prune_jax.notation import read_granularity
 from prune_jax.recipe import (
     Data,
     Problem,
@@ -21,6 +22,7 @@ from prune_jax.recipe import (
     StageCall,
     digest,
     parents_of,
+    untargeted,
     validate,
     with_value,
 )
@@ -101,9 +103,10 @@ def mask_call(
     """The network under masks of its lowest scores."""
     key = key_of("mask", settings=settings, network=network.key, scores=scores.key)
     scope = settings.get("scope", "global")
+    where = "" if read_granularity(settings["granularity"]).fixed else scope if isinstance(scope, str) else "table"
     return StageCall(
         name=name,
-        label=" · ".join(filter(None, ("mask", scope if isinstance(scope, str) else "table", level))),
+        label=" · ".join(filter(None, ("mask", where, level))),
         kind="mask",
         key=key,
         settings=settings,
@@ -303,7 +306,8 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
         case "mask":
             settings["granularity"] = parent.settings.get("granularity", "weight")
             network = parent.inputs["network"]
-            return [mask_call(name, problem, settings, network, parent.ref, _level(stage), **operations)]
+            level = _level(stage, settings["granularity"])
+            return [mask_call(name, problem, settings, network, parent.ref, level, **operations)]
         case "compact" | "export":
             return [shape_call(stage.kind, name, problem, settings, parent.ref, seed=seed, **operations)]
         case "finetune":
@@ -322,7 +326,7 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             return [
                 StageCall(
                     name=name,
-                    label=" · ".join(filter(None, ("prune", stage.criterion.name, _level(stage)))),
+                    label=" · ".join(filter(None, ("prune", stage.criterion.name, _level(stage, stage.granularity)))),
                     kind="prune",
                     key=key_of("prune", **content),
                     settings=settings,
@@ -364,9 +368,9 @@ def _turns(stage: Prune) -> tuple[str, ...]:
     return ("score", "mask", "finetune") if stage.finetune else ("score", "mask")
 
 
-def _level(stage: Any) -> str:
+def _level(stage: Any, granularity: Any) -> str:
     if stage.target is None:
-        return "table"
+        return untargeted(granularity)
     return (
         f"{stage.target.amount:g}"
         if isinstance(stage.target.amount, float)

@@ -173,6 +173,7 @@ def _check_targets(network: Any, inputs: Any, params: Any, recipe: Recipe) -> No
     import jax
 
     from prune_jax.allocation import allocate
+    from prune_jax.granularity import check_granularity, check_leaves, unit_shape
     from prune_jax.group_stages import WIRED, kinds_of
     from prune_jax.scoring import prunable_paths
     from prune_jax.structure import groups_of
@@ -190,15 +191,14 @@ def _check_targets(network: Any, inputs: Any, params: Any, recipe: Recipe) -> No
             with _at(recipe.name, f"stages.{name}.{field}", value):
                 groups_of(network, inputs).groups_of(kinds_of(scored.model_dump()))
             continue
-        if stage.kind == "score" or (stage.target and stage.target.word not in {"sparsity", "keep"}):
+        weights = {path: leaf for path, leaf in leaves_by_path(params).items() if path in paths}
+        shapes = {path: leaf.shape for path, leaf in weights.items()}
+        with _at(recipe.name, f"stages.{name}.granularity", scored.granularity):
+            unit = check_granularity(scored.granularity)
+            check_leaves(shapes, unit)
+        if unit.fixed or stage.kind == "score" or (stage.target and stage.target.word not in {"sparsity", "keep"}):
             continue
         target = stage.target.model_dump(exclude_none=True) if stage.target else {}
         with _at(recipe.name, f"stages.{name}.{'target' if target else 'scope'}", target or stage.scope):
-            weights = {path: leaf for path, leaf in leaves_by_path(params).items() if path in paths}
-            units = {p: jax.ShapeDtypeStruct(_units(w, scored.granularity), w.dtype) for p, w in weights.items()}
-            shapes = {path: leaf.shape for path, leaf in weights.items()}
+            units = {p: jax.ShapeDtypeStruct(unit_shape(w.shape, unit), w.dtype) for p, w in weights.items()}
             allocate(units, scope=stage.scope, shapes=shapes, min_keep=stage.min_keep, **target)
-
-
-def _units(weights: Any, granularity: str) -> tuple[int, ...]:
-    return weights.shape if granularity == "weight" else weights.shape[-1:]

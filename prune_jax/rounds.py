@@ -15,7 +15,7 @@ from prune_jax import schedules
 from prune_jax.errors import GuardBreachError
 from prune_jax.objectives import objective
 from prune_jax.plan import finetune_call, mask_call, rewind_call, score_call, train_call
-from prune_jax.recipe import Guard, Iterative, Prune, Ref, Search, StageCall, StageResult, Target
+from prune_jax.recipe import Guard, Iterative, Prune, Ref, Search, StageCall, StageResult, Target, untargeted
 
 T = TypeVar("T")
 Dialogue = Generator[list[StageCall], list[StageResult], T]
@@ -73,7 +73,7 @@ class _Turns:
 
     def _mask(self, network: Ref, scores: Ref, target: Mapping[str, Any], level: str, **where: Any) -> StageCall:
         settings = {**_only(self.call.settings, "scope", "min_keep", "round_to"), **target}
-        settings["granularity"] = self.stage.granularity
+        settings["granularity"] = self.call.settings.get("granularity", "weight")
         return mask_call(
             self._name("mask"), settings=settings, network=network, scores=scores, level=level, **self._shared(**where)
         )
@@ -126,7 +126,7 @@ def _climb(turns: _Turns, dense: Mapping[str, Any]) -> Dialogue[tuple[Ref, str]]
     guard = turns.stage.guard
     best, low = turns.call.inputs["network"], 0.0
     for target, level in _targets(turns.stage):
-        result = yield from turns.run(best, target, _shown(target, level))
+        result = yield from turns.run(best, target, _shown(turns.stage, target, level))
         breach = _breach(guard, dense, result) if guard else ""
         turns.facts.append(_fact(turns.turn, level, result, breach))
         if guard and breach:
@@ -189,11 +189,11 @@ def _targets(stage: Prune) -> list[tuple[dict[str, Any], float | None]]:
     return [({"target": {"sparsity": round(level, 6)}}, round(level, 6)) for level in climb]
 
 
-def _shown(target: Mapping[str, Any], level: float | None) -> str:
+def _shown(stage: Prune, target: Mapping[str, Any], level: float | None) -> str:
     if level is not None:
         return f"{level:.3g}"
     if not target:
-        return "table"
+        return untargeted(stage.granularity)
     word, amount = next(iter(target["target"].items()))
     climb = target.get("climb")
     return f"{word} {amount}" + (f" {climb['round']}/{climb['rounds']}" if climb else "")

@@ -9,11 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prune_jax.allocation import Scope, allocate
+from prune_jax.allocation import TARGETS, Scope, allocate
 from prune_jax.criteria import Criterion, find
 from prune_jax.errors import UserMistake, did_you_mean
-from prune_jax.granularity import check_granularity, living_units, unit_scores, weight_masks
-from prune_jax.masks import check_collapse, check_finite, choose
+from prune_jax.granularity import (
+    Written,
+    check_granularity,
+    check_leaves,
+    living_units,
+    unit_scores,
+    unit_shape,
+    weight_masks,
+)
+from prune_jax.masks import check_collapse, check_finite, choose, choose_n_of_m
+from prune_jax.notation import Granularity
 from prune_jax.statistics import Loss, Statistics, gather
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path, matches, names_in, select
 
@@ -70,7 +79,7 @@ def score(
     exclude: Iterable[str] = (),
     key: jax.Array | None = None,
     options: Mapping[str, Any] | None = None,
-    granularity: str = "weight",
+    granularity: Written = "weight",
 ) -> PyTree:
     """Scores every prunable weight; the lowest die first.
 
@@ -83,10 +92,12 @@ def score(
         exclude: patterns of leaves that stay dense.
         key: a PRNG key, for criteria that draw random numbers.
         options: of the criterion.
-        granularity: `weight`, or `neuron` for scores `[out]` of the units themselves, combined as the criterion says.
+        granularity: `weight`; or `kernel`, `neuron` or `{"block": [r, c]}` for scores of the units themselves, combined
+            as the criterion says (see `granularity.unit_scores`); n:m such as `"2:4"` scores weights.
 
     Returns:
-        float32 arrays shaped like the prunable leaves, in the containers of `params`; None for other leaves.
+        float32 arrays shaped like the prunable leaves, or like their units, in the containers of `params`; None for
+        other leaves.
 
     Raises:
         UserMistake: a name, an option or a pattern is unknown, or what the criterion needs is missing.
@@ -98,13 +109,15 @@ def score(
     entry = find(criterion) if isinstance(criterion, str) else criterion
     options = dict(options or {})
     entry.check_options(options)
-    if granularity == "group":
+    if granularity in ("group", "layer"):
+        kinds = ", kinds='layer'" if granularity == "layer" else ""
         raise UserMistake(
-            "groups are known by a network's trace alone: net = pj.trace(apply, params, inputs), then "
-            "net.unit_scores(pj.score(...)) or net.choose(pj.score(...), sparsity=0.5)"
+            f"{granularity}s are known by a network's trace alone: net = pj.trace(apply, params, inputs), then "
+            f"net.choose(pj.score(...), sparsity=0.5{kinds})"
         )
-    check_granularity(granularity, entry.granularities)
+    unit = check_granularity(granularity, entry.granularities)
     paths = prunable_paths(params, prunable, exclude)
+    check_leaves({path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items() if path in paths}, unit)
     needs = entry.needs_with(options)
     if needs and (loss is None or batches is None):
         raise UserMistake(
@@ -117,7 +130,7 @@ def score(
         stats = gather(needs, loss, params, batches, prunable=paths)
     chosen = jax.tree.map(jnp.asarray, select(params, paths))
     scores = _scores(chosen, stats, key if entry.stochastic else None, entry.function, tuple(sorted(options.items())))
-    scores = unit_scores(scores, granularity, combine=entry.combine_with(options))
+    scores = unit_scores(scores, unit, combine=entry.combine_with(options))
     check_finite(scores, entry.name)
     return scores
 
@@ -137,7 +150,7 @@ def mask(
     statistic: str | None = None,
     percentile: float | None = None,
     scope: Scope = "global",
-    granularity: str = "weight",
+    granularity: Written = "weight",
     alive: PyTree | None = None,
     min_keep: int = 0,
     params: PyTree | None = None,
@@ -153,7 +166,9 @@ def mask(
         percentile: in [0, 100], interpolated linearly: what scores below it dies.
         scope: within which set scores compete: `global`, `layer`, `erk`, or a table {pattern: sparsity} in place of a
             target.
-        granularity: what dies together: `weight` or `neuron`, whose score is the sum of its incoming weights' scores.
+        granularity: what dies together: `weight`; `neuron`, `kernel` or `{"block": [r, c]}`, whose score is the sum of
+            its weights' scores (see `granularity.unit_scores`); or n:m such as `"2:4"`, where n are kept of each m
+            weights along the inputs (see `masks.choose_n_of_m`), and no target, scope or `min_keep` is given.
         alive: earlier masks: what is dead there stays dead, and dies first.
         min_keep: so many units of each leaf survive whatever their scores.
         params: the parameters; with them, the bias beside a kernel dies with its neurons.
@@ -168,36 +183,52 @@ def mask(
 
     >>> mask({"w": jnp.array([3.0, 1.0, 2.0, 1.0])}, sparsity=0.5)
     {'w': Array([ True, False,  True, False], dtype=bool)}
+    >>> mask({"w": jnp.array([[3.0], [1.0], [2.0], [1.0]])}, granularity="2:4")["w"].ravel()
+    Array([ True, False,  True, False], dtype=bool)
     """
-    check_granularity(granularity)
+    unit = check_granularity(granularity)
     leaves = leaves_by_path(scores)
     weights = leaves if params is None else {p: leaf for p, leaf in leaves_by_path(params).items() if p in leaves}
-    _check_shapes(leaves, weights, granularity)
-    units = {p: jnp.asarray(leaf, jnp.float32) for p, leaf in leaves_by_path(unit_scores(scores, granularity)).items()}
+    shapes = {path: jnp.shape(leaf) for path, leaf in weights.items()}
+    if unknown := [path for path in leaves if path not in shapes]:
+        raise UserMistake(f"scores are named {unknown[0]!r} but no parameter is (parameters: {', '.join(shapes)})")
+    check_leaves(shapes, unit)
+    combined = scores if _are_of_units(leaves, shapes, unit) else unit_scores(scores, unit)
+    units = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves_by_path(combined).items()}
     check_finite(units)
-    living = {p: m for p, m in leaves_by_path(alive).items() if p in units}
-    living = {p: jnp.asarray(m) for p, m in leaves_by_path(living_units(living, granularity)).items()}
-    pools = allocate(
-        units,
-        scope=scope,
-        sparsity=sparsity,
-        keep=keep,
-        threshold=threshold,
-        statistic=statistic,
-        percentile=percentile,
-        alive=living,
-        shapes={p: jnp.shape(leaf) for p, leaf in weights.items()},
-        min_keep=min_keep,
-    )
-    chosen = leaves_by_path(choose(units, pools, alive=living, min_keep=min_keep))
+    earlier = {path: jnp.asarray(m, bool) for path, m in leaves_by_path(alive).items()}
+    living = {path: _living(path, earlier[path], shapes[path], unit) for path in units if path in earlier}
+    amounts = (sparsity, keep, threshold, statistic, percentile)
+    targets: dict[str, Any] = dict(zip(TARGETS, amounts, strict=True))
+    if unit.fixed:
+        given = [word for word, amount in targets.items() if amount is not None]
+        if given := given + ["scope"] * (scope != "global") + ["min_keep"] * bool(min_keep):
+            raise UserMistake(unit.alone(*given))
+        chosen = choose_n_of_m(units, *unit.numbers, alive=living)
+    else:
+        pools = allocate(units, scope=scope, alive=living, shapes=shapes, min_keep=min_keep, **targets)
+        chosen = choose(units, pools, alive=living, min_keep=min_keep)
     check_collapse(chosen)
-    return weight_masks(map_by_path(lambda p, _: chosen[p], scores), weights, granularity, params=params)
+    masks = weight_masks(map_by_path(lambda p, _: chosen[p], scores), weights, unit, params=params)
+    return map_by_path(lambda p, m: m & earlier[p] if p in earlier and earlier[p].shape == m.shape else m, masks)
 
 
-def _check_shapes(scores: Mapping[str, Any], weights: Mapping[str, Any], granularity: str) -> None:
+def _are_of_units(scores: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], unit: Granularity) -> bool:
+    """Whether scores are those of units already; where each weight is a unit, it makes no difference."""
+    if all(jnp.shape(leaf) == unit_shape(shapes[path], unit) for path, leaf in scores.items()):
+        return True
     for path, leaf in scores.items():
-        if path not in weights:
-            raise UserMistake(f"scores are named {path!r} but no parameter is (parameters: {', '.join(weights)})")
-        shape, whole = jnp.shape(leaf), jnp.shape(weights[path])
-        if shape != whole and not (granularity == "neuron" and shape == whole[-1:]):
-            raise UserMistake(f"the scores of {path!r} are {list(shape)} but the parameter is {list(whole)}")
+        if jnp.shape(leaf) != shapes[path]:
+            raise UserMistake(
+                f"the scores of {path!r} are {list(jnp.shape(leaf))} but the parameter is {list(shapes[path])}"
+            )
+    return False
+
+
+def _living(path: str, mask: jax.Array, shape: tuple[int, ...], unit: Granularity) -> jax.Array:
+    """Which units of a leaf live, from an earlier mask of its weights or of its units."""
+    if mask.shape == shape:
+        return living_units({path: mask}, unit)[path]
+    if mask.shape != unit_shape(shape, unit):
+        raise UserMistake(f"the mask of {path!r} is {list(mask.shape)} but the parameter is {list(shape)}")
+    return mask

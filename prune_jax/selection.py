@@ -26,6 +26,7 @@ LANES = 16  # eight-bit sums of so many comparisons; XLA would write the compari
 STRIDE = 127  # one value in so many is sampled; a prime, lest a sample see one column of a matrix
 LARGE = 1 << 16  # fewer values are not worth a sample
 PAGE = 4096
+COMPARED = 16  # in groups of so many each is compared with each, twenty times faster than sorting fours on a CPU
 SMALL = 1 << 18  # leaves of fewer values are laid end to end, lest each costs a tenth of a second to compile for
 
 
@@ -221,6 +222,42 @@ def _all_but_lowest(flat: Flat, k: jax.Array) -> list[jax.Array]:
         keys = _keys(values, tier)
         masks.append((keys > cut.key) | ((keys == cut.key) & (jnp.arange(keys.size, dtype=jnp.int32) >= end)))
     return masks
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def n_of_m(values: jax.Array, tier: jax.Array | None, n: int, m: int) -> jax.Array:
+    """Marks the n highest of each m values that follow one another along the last axis but one.
+
+    Of equal ones the first go. Where m does not divide the axis, the last group is shorter: at most n of it are marked.
+
+    Args:
+        values: array `[.., in, out]`, finite.
+        tier: None, or a bool array of its shape: what is False goes first, but may be marked for want of others.
+        n: how many are marked of each group.
+        m: how many values are a group.
+
+    Returns:
+        Bool array shaped like `values`.
+
+    >>> n_of_m(jnp.array([[1.0], [3.0], [3.0], [2.0], [5.0]]), None, 1, 2).ravel()
+    Array([False,  True,  True, False,  True], dtype=bool)
+    """
+    *lead, size, out = values.shape
+    room = [(0, 0)] * len(lead) + [(0, -size % m), (0, 0)]
+    keys = jnp.pad(_keys(values, tier), room).reshape(*lead, -1, m, out)  # what is not there goes before all else
+    if m <= COMPARED:
+        lines = [keys[..., j, :] for j in range(m)]
+        ranks = [
+            sum((lines[j] <= lines[i] if j < i else lines[j] < lines[i]).astype(jnp.int8) for j in range(m) if j != i)
+            for i in range(m)
+        ]
+        marked = jnp.stack(ranks, axis=-2) >= m - n
+    else:
+        last = lax.sort(keys, dimension=keys.ndim - 2)[..., m - n - 1 : m - n, :]  # the highest key that goes
+        below, tied = keys < last, keys == last
+        ties = m - n - jnp.sum(below, axis=-2, keepdims=True, dtype=jnp.int32)
+        marked = ~(below | (tied & (jnp.cumsum(tied, axis=-2, dtype=jnp.int32) <= ties)))
+    return marked.reshape(*lead, -1, out)[..., :size, :]
 
 
 def kth_smallest(leaves: Leaves, tiers: Tiers, k: jax.Array | int) -> jax.Array:

@@ -79,7 +79,8 @@ BAD = {
     ),
     "granularity": (
         {"stages.prune.criterion": "taylor", "stages.prune.granularity": "neuron"},
-        "stages.prune.granularity = 'neuron': granularity 'neuron' is not possible here (allowed: weight, group)",
+        "stages.prune.granularity = 'neuron': granularity 'neuron' is not possible here "
+        "(allowed: weight, n:m such as '2:4', group, layer)",
     ),
     "objective": (
         {"objective": "clasification"},
@@ -473,6 +474,8 @@ def test_methods_are_listed_with_formula_and_paper(command):
         assert entry.formula in out, "brackets are markup to Rich: escape them"
         assert entry.paper.split(":")[-1] in out
     for word in ("global", "layer", "erk", "sparsity", "keep", "threshold", "percentile", "one_shot", "iterative"):
+        assert word in out
+    for word in ("2:4", "{block: [r, c]}", "kernel", "arXiv:2104.08378", "arXiv:1711.02782", "arXiv:1705.08922"):
         assert word in out
 
 

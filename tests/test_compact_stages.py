@@ -203,7 +203,7 @@ def test_excluded_layers_keep_their_units(shared):
         ),
         (
             {"criterion": "taylor", "granularity": "neuron"},
-            "'neuron' is not possible here (allowed: weight, group, layer)",
+            "'neuron' is not possible here (allowed: weight, n:m such as '2:4', group, layer)",
         ),
         (
             {"granularity": "layer"},

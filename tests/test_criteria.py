@@ -8,13 +8,12 @@ import pytest
 import prune_jax.scoring as pj
 from prune_jax.criteria import CRITERIA, Criterion, criterion, find
 from prune_jax.errors import NonFiniteScoreError, UserMistake
+from prune_jax.notation import FAMILIES
 from prune_jax.statistics import Statistics
 from tests.compiling import compilations
 
 NAMES = [name for name in CRITERIA if "weight" in CRITERIA[name].granularities]  # others: test_unit_criteria
-PAIRS = [
-    (name, granularity) for name in NAMES for granularity in CRITERIA[name].granularities if granularity != "group"
-]
+PAIRS = [(n, g) for n in NAMES for g in ("weight", "kernel", "neuron") if g in CRITERIA[n].granularities]
 KERNELS = ("hidden/kernel", "out/kernel")
 
 
@@ -157,7 +156,7 @@ def test_entries_say_what_is_so(name):
     assert entry.data_free == (name in {"magnitude", "random"})
     assert entry.stochastic == (name == "random")
     assert entry.options == {"magnitude": {"p": 1}, "sensitivity": {"signed": False}}.get(name, {})
-    assert set(entry.granularities) <= {"weight", "neuron", "group"}
+    assert set(entry.granularities) <= set(FAMILIES)
     assert "Returns:" in (inspect.getdoc(entry.function) or "")
 
 

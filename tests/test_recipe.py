@@ -52,6 +52,9 @@ def complaint(raw, **options):
 TOP = "(allowed: name, description, seed, data, model, objective, stages, matrix)"
 RATES = "(allowed: sgd, adam, adamw, nadam, rmsprop, adagrad, lion, lamb)"
 ONE_TARGET = "needs exactly one of sparsity, keep, threshold, statistic, percentile, params, macs, latency"
+GRANULARITIES = "(allowed: weight, n:m such as '2:4', {block: [r, c]}, kernel, neuron, group, layer)"
+SPARSE = {"kind": "prune", "criterion": "magnitude", "granularity": "2:4"}
+TWO_OF_FOUR = "2:4 keeps 2 of each 4 inputs, which says how many die where"
 BOTH = "says both `after` and `of`, which mean the same; leave one out"
 
 EXACT = [
@@ -112,7 +115,64 @@ EXACT = [
     (
         "stages/prune/granularity",
         "weights",
-        "stages.prune.granularity = 'weights': is not known; did you mean 'weight'? (allowed: weight, neuron, group)",
+        f"stages.prune.granularity = 'weights': is not known; did you mean 'weight'? {GRANULARITIES}",
+    ),
+    ("stages/prune/granularity", {"blok": [2, 2]}, f"stages.prune.granularity: is not known {GRANULARITIES}"),
+    (
+        "stages/prune/granularity",
+        {"block": [2, 0]},
+        "stages.prune.granularity: gives [2, 0] where rows and columns are wanted, whole numbers from 1 on: "
+        "{block: [4, 1]}",
+    ),
+    (
+        "stages/prune/granularity",
+        "4:4",
+        "stages.prune.granularity = '4:4': keeps 4 of each 4: n must be at least 1 and below m, as in '2:4'",
+    ),
+    (
+        "stages/prune/granularity",
+        124,
+        'stages.prune.granularity = 124: is a number, which is what YAML makes of 2:4; write it in quotes: "2:4"',
+    ),
+    ("stages/prune/granularity", "2:4", f"stages.prune.target: {TWO_OF_FOUR}; leave `target` out"),
+    (
+        "stages/prune",
+        {**SPARSE, "scope": "layer"},
+        f"stages.prune.scope = 'layer': {TWO_OF_FOUR}; leave `scope` out",
+    ),
+    ("stages/prune", {**SPARSE, "scope": {"*": 0.5}}, f"stages.prune.scope: {TWO_OF_FOUR}; leave `scope` out"),
+    ("stages/prune", {**SPARSE, "min_keep": 1}, f"stages.prune.min_keep = 1: {TWO_OF_FOUR}; leave `min_keep` out"),
+    (
+        "stages/prune",
+        {**SPARSE, "schedule": {"kind": "iterative"}},
+        "stages.prune: an iterative schedule climbs to a sparsity: its target is sparsity or keep, not 2:4; "
+        "write `schedule: {kind: one_shot}`",
+    ),
+    (
+        "stages/prune",
+        {**SPARSE, "search": {"amounts": [0.1, 0.2]}},
+        "stages.prune: search tries values of threshold, sparsity or percentile, not of 2:4",
+    ),
+    (
+        "stages/prune",
+        {**SPARSE, "guard": {"max_drop": 0.1, "breach": {"action": "back_off"}}},
+        "stages.prune.guard.breach.action = 'back_off': bisects a sparsity, but the target is 2:4; write stop or fail",
+    ),
+    (
+        "stages/prune",
+        {**PRUNE, "granularity": {"block": [2, 2]}, "target": {"macs": 0.5}},
+        "stages.prune.target.macs = 0.5: does not go with granularity {block: [2, 2]} "
+        "(allowed: sparsity, keep, threshold, statistic, percentile)",
+    ),
+    (
+        "stages",
+        {"train": TRAIN, "score": {**SCORE, "granularity": "2:4"}, "mask": MASK},
+        f"stages.mask.target: {TWO_OF_FOUR}; leave `target` out",
+    ),
+    (
+        "stages",
+        {"train": TRAIN, "score": {**SCORE, "granularity": "kernel"}, "mask": {"kind": "mask"}},
+        "stages.mask: needs `target`, such as {sparsity: 0.9}, unless `scope` is a table {pattern: sparsity}",
     ),
     (
         "stages/prune/schedule",
@@ -622,6 +682,11 @@ def test_the_schema_takes_every_built_in_recipe(schema, name):
         ("stages/prune/criterion", {"name": "taylr"}),
         ("stages/prune/scope", "erks"),
         ("stages/prune/target", {"sparcity": 0.5}),
+        ("stages/prune/granularity", "weights"),
+        ("stages/prune/granularity", {"block": [2]}),
+        ("stages/prune/granularity", {"block": [2, 0]}),
+        ("stages/prune/granularity", {"blok": [2, 2]}),
+        ("stages/prune/granularity", 124),
         ("stages/prune/schedule", {"kind": "iterative", "rounds": 0}),
         ("stages/prune/guard", {}),
         ("matrix", {"seed": []}),
@@ -639,6 +704,9 @@ def test_the_schema_refuses_mistakes(schema, path, value):
         ("data/source", "my_pkg.data:load"),
         ("model", {"kind": "my_pkg.nets:Net", "args": {"width": 3}}),
         ("objective", "my_pkg.losses:loss"),
+        ("stages/prune", SPARSE),
+        ("stages/prune/granularity", {"block": [4, 1]}),
+        ("stages/prune/granularity", "kernel"),
     ],
 )
 def test_recipe_and_schema_take_the_users_own(schema, path, value):

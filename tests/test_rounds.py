@@ -95,10 +95,13 @@ def test_the_publishing_call_has_the_key_that_was_planned():
         assert (last.kind, last.key, last.name) == (planned.kind, planned.key, planned.name)
 
 
-def test_the_turns_have_the_keys_of_stages_written_out():
+@pytest.mark.parametrize("granularity", ["neuron", "kernel", {"block": [2, 2]}, "2:4"], ids=str)
+def test_the_turns_have_the_keys_of_stages_written_out(granularity):
     """score, mask and finetune as stages of their own make the same artifacts."""
-    settings = {"criterion": {"name": "taylor", "batches": 3}, "granularity": "neuron", "exclude": ["output"]}
-    shared = {"scope": "layer", "min_keep": 2, "target": {"sparsity": 0.9}}
+    settings = {"criterion": {"name": "taylor", "batches": 3}, "granularity": granularity, "exclude": ["output"]}
+    shared = (
+        {"scope": "layer", "min_keep": 2, "target": {"sparsity": 0.9}} if granularity != "2:4" else {"target": None}
+    )
     recovery = {"epochs": 3, "optimizer": {"name": "sgd"}, "l1": 0.1}
     batches, _ = drive({**settings, **shared, "finetune": recovery})
     raw = {
@@ -130,6 +133,27 @@ def test_a_table_is_one_turn_without_a_target():
     batches, last = drive({"target": None, "scope": {"output": 0.5}})
     assert batches[1][0].settings == {"scope": {"output": 0.5}, "granularity": "weight"}
     assert last.facts["rounds"][0]["level"] is None
+
+
+def test_n_of_m_is_one_turn_without_a_target():
+    finetune = {"epochs": 1}
+    batches, last = drive({"target": None, "granularity": "2:4", "finetune": finetune})
+    assert [call.label for batch in batches for call in batch] == [
+        "score · taylor · 2:4",
+        "mask · 2:4",
+        "finetune · 1 epochs · 2:4",
+    ]
+    assert batches[1][0].settings == {"granularity": "2:4"}
+    assert last.facts["rounds"][0]["level"] is None
+
+
+@pytest.mark.parametrize("granularity", ["kernel", {"block": [2, 2]}], ids=str)
+def test_other_granularities_climb(granularity):
+    batches, _ = drive({"granularity": granularity, "schedule": ITERATIVE})
+    masks = calls_of(batches, "mask")
+    assert [m.settings["granularity"] for m in masks] == [granularity] * 3
+    assert [m.settings["target"]["sparsity"] for m in masks][-1] == 0.9
+    assert all(s.settings["granularity"] == granularity for s in calls_of(batches, "score"))
 
 
 def test_keep_climbs_by_rounds_since_only_the_mask_knows_how_many_weights_there_are():

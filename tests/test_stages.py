@@ -11,7 +11,7 @@ import pytest
 
 from prune_jax.checkpoints import Store
 from prune_jax.criteria import CRITERIA
-from prune_jax.errors import DamagedArtifactError
+from prune_jax.errors import DamagedArtifactError, UserMistake
 from prune_jax.preparation import prepare
 from prune_jax.recipe import read_recipe
 from prune_jax.stages import run_stage
@@ -169,6 +169,127 @@ def test_a_neuron_dies_with_its_incoming_weights_and_its_bias(shared):
     np.testing.assert_array_equal(masks["hidden_0/bias"], alive)
     assert not params["hidden_0/kernel"][:, ~alive].any()
     assert not params["hidden_0/bias"][~alive].any()
+
+
+def units_of(values, granularity):
+    """(path, places) of each unit: slow loops over the trained kernels."""
+    for path, w in values.items():
+        *lead, inputs, outputs = (range(n) for n in w.shape)
+        rows, columns = granularity["block"] if isinstance(granularity, dict) else (1, 1)
+        corners = itertools.product(inputs[::rows], outputs[::columns])
+        if granularity == "kernel":
+            yield from ((path, [(*p, i, o) for p in itertools.product(*lead)]) for i, o in corners)
+            continue
+        for where, (top, left) in itertools.product(itertools.product(*lead), list(corners)):
+            block = itertools.product(inputs[top : top + rows], outputs[left : left + columns])
+            yield path, [(*where, i, o) for i, o in block]
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("granularity", ["kernel", {"block": [4, 3]}], ids=str)
+def test_units_of_kernels_die_together(shared, granularity, rounds):
+    model = {"kind": "cnn", "widths": [2], "dense": [5], "kernel": 3}
+    prune = {**PRUNE, "granularity": granularity, "schedule": {"kind": "iterative", "rounds": rounds}, "min_keep": 1}
+    _, results = run_plain(tiny("images", model=model, train=TRAIN, prune=prune, evaluate=EVALUATE), shared)
+    params, masks = network(shared, results["prune"])
+    values = magnitudes(shared, results)
+    units = list(units_of(values, granularity))
+    whole = 12 if granularity != "kernel" else None
+    ranks = [
+        np.float32(sum(values[path][p].item() for p in places) * (whole or len(places)) / len(places))
+        for path, places in units
+    ]
+    best = {
+        path: max((r, i) for i, (r, (at, _)) in enumerate(zip(ranks, units, strict=True)) if at == path)[1]
+        for path in values
+    }
+    order = [i for i in np.argsort(ranks, kind="stable") if i not in best.values()]
+    expected = {path: np.ones(v.shape, bool) for path, v in values.items()}
+    for i in order[: round(0.5 * len(units))]:
+        for place in units[i][1]:
+            expected[units[i][0]][place] = False
+    assert_masks(masks, expected)
+    assert all(not params[path][~mask].any() for path, mask in masks.items())
+    scores = part(arrays(shared, results["prune.1.score"]), "scores")
+    assert sum(s.size for s in scores.values()) == len(units) == results["prune.1.score"].metrics["units"]
+    np.testing.assert_allclose(np.concatenate([s.ravel() for s in scores.values()]), ranks, rtol=1e-5)
+
+
+def test_two_of_four_inputs_stay(shared):
+    """hidden [4, 6] has one group for each output; output [6, 3] a group and a tail of two, which both may live."""
+    prune = {"kind": "prune", "criterion": "magnitude", "granularity": "2:4", "finetune": {"steps": 3}}
+    prune["guard"] = {"max_drop": 1.0}
+    _, results = run_plain(tiny(train=TRAIN, prune=prune, evaluate=EVALUATE), shared)
+    params, masks = network(shared, results["prune"])
+    expected = {}
+    for path, w in magnitudes(shared, results).items():
+        expected[path] = np.ones(w.shape, bool)
+        for o in range(w.shape[1]):
+            expected[path][np.argsort(w[:4, o], kind="stable")[:2], o] = False
+    assert_masks(masks, expected)
+    assert all(not params[path][~mask].any() for path, mask in masks.items())
+    assert results["evaluate"].metrics[results["prune"].key]["sparsity"] == pytest.approx((12 + 6) / 42)
+    scores = part(arrays(shared, results["prune.1.score"]), "scores")
+    assert {path: s.shape for path, s in scores.items()} == {path: m.shape for path, m in masks.items()}
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [
+        ({"granularity": "2:4"}, {}),
+        ({"granularity": {"block": [2, 2]}}, {"target": {"sparsity": 0.5}}),
+        ({"granularity": "kernel"}, {"target": {"keep": 20}}),
+    ],
+    ids=str,
+)
+def test_score_and_mask_apart_do_what_prune_does(shared, apart):
+    score, how_many = apart
+    criterion = {"criterion": "snip"}
+    prune = {"kind": "prune", **criterion, **score, **how_many}
+    stages = {
+        "train": TRAIN,
+        "score": {"kind": "score", **criterion, **score},
+        "mask": {"kind": "mask", **how_many},
+        "prune": {**prune, "after": "train"},
+    }
+    _, results = run_plain(tiny(**stages), shared)
+    assert results["mask"].key == results["prune.1.mask"].key
+    same_bytes(*(network(shared, results[name])[1] for name in ("mask", "prune")))
+
+
+def test_n_of_m_after_weights_revives_nothing(shared):
+    first = {**PRUNE, "target": {"sparsity": 0.3}}
+    then = {"kind": "prune", "criterion": "magnitude", "granularity": "2:4"}
+    _, results = run_plain(tiny(train=TRAIN, first=first, then=then), shared)
+    before, after = (network(shared, results[name])[1] for name in ("first", "then"))
+    for path in before:
+        assert not (after[path] & ~before[path]).any()
+        assert np.all(after[path][:4].sum(axis=0) <= 2)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "told"),
+    [
+        (
+            {"granularity": "2:8"},
+            "stages.prune.granularity = '2:8': 2:8 needs a kernel [.., in, out] of 8 inputs or more",
+        ),
+        (
+            {"criterion": "taylor", "granularity": {"block": [2, 2]}, "target": {"sparsity": 0.5}},
+            "stages.prune.granularity = {'block': [2, 2]}: granularity {block: [2, 2]} is not possible here "
+            "(allowed: weight, n:m such as '2:4', group)",
+        ),
+        (
+            {"granularity": {"block": [2, 2]}, "target": {"keep": 13}},
+            "stages.prune.target = {'keep': 13}: keep = 13: must be a whole number from 1 to 12",
+        ),
+    ],
+    ids=str,
+)
+def test_units_that_the_network_does_not_have_are_refused_before_anything_runs(shared, granularity, told):
+    with pytest.raises(UserMistake) as caught:
+        run_plain(tiny(train=TRAIN, prune={"kind": "prune", "criterion": "magnitude", **granularity}), shared)
+    assert str(caught.value).startswith(f"tiny: {told}")
 
 
 def test_magnitude_with_keep_is_the_projection(shared):

@@ -13,7 +13,7 @@ from prune_jax.trees import PyTree
 
 @criterion(
     "magnitude",
-    formula="|w|; neurons: Lp norm, p in {1, 2, inf}",
+    formula="|w|; blocks, kernels, neurons: Lp norm, p in {1, 2, inf}",
     paper="Han et al. 2015, arXiv:1506.02626; Li et al. 2017, arXiv:1608.08710",
     combine="p",
 )
@@ -25,7 +25,7 @@ def magnitude(params: PyTree, stats: Any, *, p: Any = 1) -> PyTree:
     Args:
         params: weights, leaves of any shape.
         stats: not used.
-        p: the norm that makes a neuron's score of its weights': 1, 2 or inf; weights are scored the same for each.
+        p: the norm that makes a unit's score of its weights': 1, 2 or inf; weights are scored the same for each.
 
     Returns:
         Scores shaped like `params`, float32, >= 0, in units of the weights.
@@ -38,10 +38,10 @@ def magnitude(params: PyTree, stats: Any, *, p: Any = 1) -> PyTree:
     "random",
     formula="u ~ U[0, 1)",
     paper="the baseline that every paper must beat",
-    combine="first",  # a sum of more weights would be larger, and its neuron no longer random
+    combine="first",  # a sum of more weights would be larger, and its unit no longer random
 )
 def random(params: PyTree, stats: Any, *, key: jax.Array) -> PyTree:
-    """A number drawn for each weight: s ~ U[0, 1). A neuron takes the number of its first weight.
+    """A number drawn for each weight: s ~ U[0, 1). A unit takes the number of its first weight.
 
     Args:
         params: weights, leaves of any shape.

@@ -10,6 +10,7 @@ from typing import Any
 
 from prune_jax.arguments import check_arguments
 from prune_jax.errors import UserMistake
+from prune_jax.notation import FAMILIES
 from prune_jax.registry import Registry, load_object
 from prune_jax.trees import PyTree
 
@@ -30,7 +31,7 @@ class Criterion:
     paper: str
     needs: frozenset[str] = frozenset()  # fields of Statistics
     needs_if: Mapping[str, frozenset[str]] = field(default_factory=dict)  # needed instead where that option is set
-    granularities: tuple[str, ...] = ("weight", "neuron", "group", "layer")
+    granularities: tuple[str, ...] = FAMILIES
     # Of a unit's scores, as in granularity.unit_scores. "p": the norm that the option p names; "square of sum": mean
     # over batches of (sum g w)^2, whatever the function makes of single weights. "unit": the function scores units,
     # `function(groups, leaves, **options)`, see criteria.units; "unit and loss": it takes `loss` and `batches`, too.
@@ -88,7 +89,7 @@ def criterion(
     paper: str,
     needs: Collection[str] = (),
     needs_if: Mapping[str, Collection[str]] | None = None,
-    granularities: tuple[str, ...] = ("weight", "neuron", "group", "layer"),
+    granularities: tuple[str, ...] = FAMILIES,
     combine: str = "sum",
 ) -> Callable[[Callable[..., PyTree]], Criterion]:
     """Registers the function below it under `name`, with the facts of `Criterion`.

@@ -54,6 +54,7 @@ def snip(params: PyTree, stats: Statistics) -> PyTree:
     needs=("gradient_square",),
     granularities=(
         "weight",
+        "n:m",
         "group",
         "layer",
     ),  # a neuron's score would be the square of a sum, not the sum of these squares

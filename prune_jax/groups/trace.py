@@ -18,7 +18,7 @@ from prune_jax.groups import elementwise, flow, lookups, moves, products, reduct
 from prune_jax.groups.function import Function, read_in
 from prune_jax.groups.labels import Labels, Reason
 from prune_jax.groups.units import SPLIT, Units, solve
-from prune_jax.groups.values import UNKNOWN, Axis, Value
+from prune_jax.groups.values import UNKNOWN, Axis, Value, living
 from prune_jax.groups.walk import Walk
 from prune_jax.trees import PyTree, leaves_by_path, matches
 
@@ -127,7 +127,7 @@ class Analysis:
 
     def keeps(self, alive: np.ndarray) -> list[list[np.ndarray]]:
         """By parameter and axis, which indices live."""
-        return [[np.where(a.rows[0] < 0, True, alive[a.rows[0]]) for a in axes] for axes in self.starts]
+        return [[living(a.rows[0], alive) for a in axes] for axes in self.starts]
 
     def frozen(self) -> tuple[tuple[str, int, str], ...]:
         """Path, axis and reason of whatever no unit holds."""
@@ -138,7 +138,7 @@ class Analysis:
         for p, axes in enumerate(self.starts):
             for d, axis in enumerate(axes):
                 labels = axis.rows[0]
-                loose = np.where(labels < 0, False, covered[labels])
+                loose = (labels >= 0) & living(labels, covered)
                 if loose.all():
                     continue
                 why = self._reason(int(labels[~loose][0]))

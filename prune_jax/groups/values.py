@@ -77,6 +77,13 @@ class Value:
         return replace(self, axes=tuple(axis.settled() for axis in self.axes), part=None)
 
 
+def living(labels: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """Whether these labels live, by what is told of each; those below 0 always do."""
+    found = np.ones(labels.shape, bool)
+    found[labels >= 0] = alive[labels[labels >= 0]]
+    return found
+
+
 def join(deads: Sequence[Dead]) -> Dead:
     """What stands at dead indices that come from one of several places."""
     first, *rest = deads

@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from prune_jax.groups.labels import Labels, Reason
-from prune_jax.groups.values import COMPUTABLE, Axis, Unsettled, Value
+from prune_jax.groups.values import COMPUTABLE, Axis, Unsettled, Value, living
 
 Rule = Callable[["Walk", JaxprEqn, list[Value]], list[Value]]
 RULES: dict[str, Rule] = {}  # primitive -> what its equations tie, and how they are rewritten
@@ -162,7 +162,7 @@ class Walk:
     def keep(self, axis: Axis) -> np.ndarray:
         """Which of its indices are alive, `[size]`."""
         assert self.alive is not None
-        return np.asarray(np.where(axis.rows < 0, True, self.alive[axis.rows]).all(axis=0))
+        return np.asarray(living(axis.rows, self.alive).all(axis=0))
 
     def size(self, axis: Axis) -> int:
         """How many of its indices are alive."""

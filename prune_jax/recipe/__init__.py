@@ -15,7 +15,7 @@ from prune_jax.recipe.parts import (
     Target,
 )
 from prune_jax.recipe.read import built_in, check_run_name, read_recipe, validate, with_value
-from prune_jax.recipe.recipe import EXPORTS, Evaluate, Finetune, Mask, Prune, Recipe, Score, Stage, Train
+from prune_jax.recipe.recipe import EXPORTS, Evaluate, Finetune, Mask, Prune, Recipe, Score, Stage, Train, untargeted
 from prune_jax.recipe.wiring import NETWORKS, parents_of
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "digest",
     "parents_of",
     "read_recipe",
+    "untargeted",
     "validate",
     "with_value",
 ]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -19,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from prune_jax.errors import did_you_mean
+from prune_jax.notation import read_granularity
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Reference = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
@@ -270,6 +272,19 @@ class Criterion(Frozen):
     @classmethod
     def _bare_name(cls, data: Any) -> Any:
         return {"name": data} if isinstance(data, str) else data
+
+
+def _readable(written: Any) -> Any:
+    read_granularity(written)
+    return written
+
+
+Granularity = Annotated[
+    Literal["weight", "kernel", "neuron", "group", "layer"]
+    | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")]
+    | Annotated[dict[Literal["block"], Annotated[list[Width], Field(min_length=2, max_length=2)]], Field(min_length=1)],
+    BeforeValidator(_readable),
+]
 
 
 class Target(Frozen):

@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prune_jax.notation import read_granularity
 from prune_jax.recipe.moments import check_moments
 from prune_jax.recipe.parts import (
     Criterion,
     Data,
     Fraction,
     Frozen,
+    Granularity,
     Guard,
     Model,
     Name,
@@ -90,10 +92,12 @@ class Finetune(Stage, Recovery):
 class Prunable(Frozen):
     """What dies together, and where nothing may."""
 
-    granularity: Literal["weight", "neuron", "group", "layer"] = Field(
+    granularity: Granularity = Field(
         default="weight",
-        description="what dies together; group: what the network's wiring ties; layer: a residual branch as a whole; "
-        "`compact` can take both away",
+        description="what dies together; 'n:m': n are kept of each m weights along the inputs, without a target; "
+        "block: r inputs x c outputs; kernel: all positions of a convolution; neuron: all inputs of an output; "
+        "group: what the network's wiring ties; layer: a residual branch as a whole; `compact` can take both away",
+        examples=["weight", "2:4", {"block": [4, 1]}, "kernel", "neuron", "group", "layer"],
     )
     kinds: tuple[Literal["neuron", "channel", "head", "head_dim", "width", "feature"], ...] = Field(
         default=(), description="groups of these kinds alone; left out, all"
@@ -116,7 +120,7 @@ class Allocation(Frozen):
         description="within which set scores compete; a table {pattern: sparsity} sets each layer's own; "
         "isomorphic: groups that do the same in different places",
     )
-    target: Target | None = Field(default=None, description="how many die; left out with a table")
+    target: Target | None = Field(default=None, description="how many die; left out with a table and with n:m")
     min_keep: int = Field(default=0, ge=0, description="so many units of each layer survive whatever their scores")
     round_to: int = Field(default=1, ge=1, description="groups keep a multiple of so many units")
 
@@ -125,9 +129,7 @@ class Allocation(Frozen):
         if isinstance(self.scope, dict):
             if self.target is not None:
                 raise ValueError("a table in `scope` says how many die where; leave `target` out")
-        elif self.target is None:
-            raise ValueError("needs `target`, such as {sparsity: 0.9}, unless `scope` is a table {pattern: sparsity}")
-        elif self.scope == "erk" and self.target.word not in {"sparsity", "keep"}:
+        elif self.scope == "erk" and self.target is not None and self.target.word not in {"sparsity", "keep"}:
             raise ValueError(
                 f"erk shares out a number of survivors: its target is sparsity or keep, not {self.target.word}"
             )
@@ -139,18 +141,33 @@ _SCOPES = {"group": ("global", "layer", "isomorphic"), "layer": ("global",)}
 _TARGETS = {"group": _BUDGETS, "layer": _BUDGETS}
 
 
-def check_units(stage: Allocation, granularity: str, where: str = "") -> None:
+def check_units(stage: Allocation, written: Any, where: str = "") -> None:
     """Refuses scopes and targets that do not go with what dies together."""
-    scopes = _SCOPES.get(granularity, ("global", "layer", "erk"))
-    words = _TARGETS.get(granularity, ("sparsity", "keep", "threshold", "statistic", "percentile"))
+    granularity = read_granularity(written)
+    if granularity.fixed:
+        for field in ("target", "scope", "min_keep"):
+            if getattr(stage, field) != Allocation.model_fields[field].default:
+                raise mistake(f"{where}{field}", granularity.alone(f"`{field}`"))
+        return
+    if stage.target is None and not isinstance(stage.scope, dict):
+        message = "needs `target`, such as {sparsity: 0.9}, unless `scope` is a table {pattern: sparsity}"
+        raise mistake(where.rstrip("."), message) if where else ValueError(message)
+    scopes = _SCOPES.get(granularity.family, ("global", "layer", "erk"))
+    words = _TARGETS.get(granularity.family, ("sparsity", "keep", "threshold", "statistic", "percentile"))
     shown = stage.scope if isinstance(stage.scope, str) else "a table"
-    if shown not in scopes and not (isinstance(stage.scope, dict) and granularity not in _SCOPES):
+    if shown not in scopes and not (isinstance(stage.scope, dict) and granularity.family not in _SCOPES):
         message = f"{shown} does not go with granularity {granularity} (allowed: {', '.join(scopes)})"
         raise mistake(f"{where}scope", message)
     word = stage.target.word if stage.target else words[0]
     if word not in words:
         message = f"does not go with granularity {granularity} (allowed: {', '.join(words)})"
         raise mistake(f"{where}target.{word}", message)
+
+
+def untargeted(written: Any) -> str:
+    """What says how many die where there is no target: n:m itself, or a table."""
+    granularity = read_granularity(written)
+    return str(granularity) if granularity.fixed else "table"
 
 
 class Mask(Stage, Allocation):
@@ -176,7 +193,7 @@ class Prune(Stage, Prunable, Allocation):
 
     @model_validator(mode="after")
     def _rounds_have_levels(self) -> Prune:
-        word = self.target.word if self.target else "table"
+        word = self.target.word if self.target else untargeted(self.granularity)
         if self.schedule.kind == "iterative" and self.schedule.rounds > 1 and word not in {"sparsity", "keep"}:
             raise ValueError(
                 f"an iterative schedule climbs to a sparsity: its target is sparsity or keep, not {word}; "
