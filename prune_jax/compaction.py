@@ -262,7 +262,7 @@ class TracedNetwork:
         return dot(self.groups, self.shapes, self._analysis.roles.reads)
 
     def __repr__(self) -> str:
-        return table(self.groups, self.shapes, self.frozen)
+        return table(self.groups, self.layers, self.shapes, self.frozen)
 
 
 class CompactNetwork:

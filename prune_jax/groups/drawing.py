@@ -5,19 +5,23 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from prune_jax.groups.layers import LAYER
 from prune_jax.groups.trace import Group
 
 _SHOWN = 4  # members of a group in the table; kernels first
 
 
 def table(
-    groups: Mapping[str, Group], shapes: Mapping[str, tuple[int, ...]], frozen: Iterable[tuple[str, int, str]]
+    groups: Mapping[str, Group],
+    layers: Mapping[str, Group],
+    shapes: Mapping[str, tuple[int, ...]],
+    frozen: Iterable[tuple[str, int, str]],
 ) -> str:
-    """The groups and what is frozen, as text."""
+    """The groups, the layers and what is frozen, as text."""
     rows = [("group", "kind", "units", "members")]
-    for group in groups.values():
+    for group in [*groups.values(), *layers.values()]:
         held = [
-            f"{path}[{axis}]" + (f" x{places.shape[1]}" if places.shape[1] > 1 else "")
+            path if group.kind == LAYER else f"{path}[{axis}]" + (f" x{places.shape[1]}" if places.shape[1] > 1 else "")
             for path, axis, places in sorted(group.members, key=lambda member: -len(shapes[member[0]]))
         ]
         more = [f"and {len(held) - _SHOWN} more"] if len(held) > _SHOWN else []
