@@ -1,8 +1,8 @@
 """What is wanted: frozen models of recipes, read once, at the edge."""
 
 from prune_jax.recipe.calls import Problem, Ref, StageCall, StageResult, Status, digest
+from prune_jax.recipe.model import BUILT_IN_MODELS
 from prune_jax.recipe.parts import (
-    BUILT_IN_MODELS,
     Data,
     Frozen,
     Guard,

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from prune_jax.recipe.parts import Data, Frozen, Model, Operation
+from prune_jax.recipe.model import Model
+from prune_jax.recipe.parts import Data, Frozen, Operation
 
 Status = Literal["ran", "cached", "failed", "skipped"]
 

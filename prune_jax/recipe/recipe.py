@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from prune_jax.notation import read_granularity
+from prune_jax.recipe.model import Model
 from prune_jax.recipe.moments import check_moments
 from prune_jax.recipe.parts import (
     Criterion,
@@ -15,7 +16,6 @@ from prune_jax.recipe.parts import (
     Frozen,
     Granularity,
     Guard,
-    Model,
     Name,
     OneShot,
     Operation,
