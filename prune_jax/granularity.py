@@ -37,6 +37,8 @@ GRANULARITIES = tuple(TILES)
 # (weights of a whole unit) / (weights that it has) that makes up for it.
 _COMBINE: dict[str, tuple[Callable[[jax.Array, tuple[int, ...]], jax.Array], float, float]] = {
     "sum": (lambda s, axes: jnp.sum(s, axes), 0, 1),
+    "mean": (lambda s, axes: jnp.mean(s, axes), 0, 1),
+    "l1": (lambda s, axes: jnp.sum(jnp.abs(s), axes), 0, 1),
     "l2": (lambda s, axes: jnp.sqrt(jnp.sum(s * s, axes)), 0, 0.5),
     "max": (lambda s, axes: jnp.max(s, axes), -math.inf, 0),
     "first": (lambda s, axes: s[tuple(0 if d in axes else slice(None) for d in range(s.ndim))], 0, 0),
@@ -96,12 +98,12 @@ def unit_scores(scores: PyTree, granularity: Written = "weight", *, combine: str
       of a convolution.
 
     A block of k weights is scored as a whole one of the same mean would be, lest it die for being small: its sum times
-    r c / k, its l2 norm times sqrt(r c / k); `max` and `first` do not grow with k.
+    r c / k, its l2 norm times sqrt(r c / k); `mean`, `max` and `first` do not grow with k.
 
     Args:
         scores: arrays shaped like the weights.
         granularity: what dies together.
-        combine: what is made of a unit's scores: their `sum`, `l2` norm, `max`, or the `first` of them.
+        combine: what is made of a unit's scores: their `sum`, `mean`, `l1` or `l2` norm, `max`, or the `first` of them.
 
     Returns:
         Arrays of the shape that `unit_shape` tells.

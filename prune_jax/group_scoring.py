@@ -30,6 +30,7 @@ def score_groups(
     kinds: Iterable[str] = (),
     key: jax.Array | None = None,
     options: Mapping[str, Any] | None = None,
+    combine: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Scores of units `[units]` by group; the lowest die first.
 
@@ -44,6 +45,7 @@ def score_groups(
         kinds: groups of these kinds alone; left out, all.
         key: as in `score`.
         options: of the criterion.
+        combine: what is made of the scores of a unit's weights in place of what the criterion says.
 
     Raises:
         UserMistake: no group is left to prune.
@@ -56,17 +58,18 @@ def score_groups(
         raise UserMistake(
             f"no group is left to prune (groups: {', '.join(net.groups) or 'none'}): exclude less, or name other kinds"
         )
-    if criterion.combine == "square of sum":
+    options = dict(options or {})
+    combined = criterion.combine_with(options, combine)
+    if combined == "square of sum":
         if loss is None or batches is None:
             raise UserMistake(f"criterion {criterion.name!r} needs gradients: give loss= and batches=.")
         found = unit_taylor(lambda tree: _sums(groups, prefix, tree), loss, params, batches, prunable=paths)
         return {name: np.asarray(values) for name, values in jax.device_get(found).items()}
-    options = dict(options or {})
-    if criterion.combine.startswith("unit"):
+    if combined.startswith("unit"):
         return _of_units(criterion, groups, params, prefix, loss, batches, options)
     scores = score(criterion, params, loss=loss, batches=batches, exclude=exclude, key=key, options=options)
     named = {f"{prefix}{path}": leaf for path, leaf in leaves_by_path(scores).items()}
-    return net.unit_scores(named, groups=groups, combine=criterion.combine_with(options))
+    return net.unit_scores(named, groups=groups, combine=combined)
 
 
 def _of_units(

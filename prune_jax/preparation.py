@@ -82,6 +82,8 @@ def _check_names(recipe: Recipe) -> None:
                 criterion = find(stage.criterion.name)
             with _at(recipe.name, f"{where}.criterion.options", stage.criterion.options):
                 criterion.check_options(stage.criterion.options)
+            with _at(recipe.name, f"{where}.criterion.combine", stage.criterion.combine):
+                criterion.combine_with(stage.criterion.options, stage.criterion.combine)
             with _at(recipe.name, f"{where}.granularity", stage.granularity):
                 check_granularity(stage.granularity, criterion.granularities)
         if stage.kind == "export":

@@ -80,6 +80,7 @@ def score(
     key: jax.Array | None = None,
     options: Mapping[str, Any] | None = None,
     granularity: Written = "weight",
+    combine: str | None = None,
 ) -> PyTree:
     """Scores every prunable weight; the lowest die first.
 
@@ -94,6 +95,8 @@ def score(
         options: of the criterion.
         granularity: `weight`; or `kernel`, `neuron` or `{"block": [r, c]}` for scores of the units themselves, combined
             as the criterion says (see `granularity.unit_scores`); n:m such as `"2:4"` scores weights.
+        combine: what is made of the scores of a unit's weights in place of what the criterion says: `sum`, `mean`,
+            `l1`, `l2` or `max`.
 
     Returns:
         float32 arrays shaped like the prunable leaves, or like their units, in the containers of `params`; None for
@@ -116,6 +119,7 @@ def score(
             f"net.choose(pj.score(...), sparsity=0.5{kinds})"
         )
     unit = check_granularity(granularity, entry.granularities)
+    combined = entry.combine_with(options, combine)
     paths = prunable_paths(params, prunable, exclude)
     check_leaves({path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items() if path in paths}, unit)
     needs = entry.needs_with(options)
@@ -130,7 +134,7 @@ def score(
         stats = gather(needs, loss, params, batches, prunable=paths)
     chosen = jax.tree.map(jnp.asarray, select(params, paths))
     scores = _scores(chosen, stats, key if entry.stochastic else None, entry.function, tuple(sorted(options.items())))
-    scores = unit_scores(scores, unit, combine=entry.combine_with(options))
+    scores = unit_scores(scores, unit, combine=combined)
     check_finite(scores, entry.name)
     return scores
 

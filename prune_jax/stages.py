@@ -140,6 +140,7 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
         "exclude": tuple(call.settings.get("exclude", ())),
         "key": jax.random.key(call.seed),
         "options": criterion.get("options", {}),
+        "combine": criterion.get("combine"),
     }
     entry, params = find(criterion["name"]), loaded.variables.params
     if granularity in WIRED:

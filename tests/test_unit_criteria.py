@@ -10,7 +10,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.criteria import CRITERIA
 from prune_jax.errors import UserMistake
 from prune_jax.group_scoring import score_groups
-from tests.plain import EVALUATE, TRAIN, run_plain, tiny
+from tests.plain import EVALUATE, TRAIN, arrays, run_plain, tiny
 
 RNG = np.random.default_rng(0)
 
@@ -102,3 +102,41 @@ def test_a_recipe_prunes_by_them(tmp_path, criterion):
 def test_weights_are_not_scored_by_what_only_units_have(params):
     with pytest.raises(UserMistake, match=r"granularity 'weight' is not possible here \(allowed: group\)"):
         pj.score("fpgm", params)
+
+
+BY_HAND = {
+    "sum": np.sum,
+    "mean": np.mean,
+    "l1": lambda s: np.abs(s).sum(),
+    "l2": lambda s: np.sqrt(np.square(s).sum()),
+    "max": np.max,
+}
+
+
+@pytest.mark.parametrize("combine", BY_HAND)
+@pytest.mark.parametrize("criterion", ["magnitude", "sensitivity", "taylor"])
+def test_the_scores_of_a_units_weights_are_combined_as_one_wants(params, criterion, combine):
+    given = {"loss": loss, "batches": BATCHES} if criterion != "magnitude" else {}
+    weights = pj.score(criterion, params, **given)
+    kernel, out = np.asarray(weights["in"]["kernel"]), np.asarray(weights["out"]["kernel"])
+    expected = [BY_HAND[combine](np.concatenate([kernel[:, u], out[u]])) for u in range(5)]
+    np.testing.assert_allclose(scores(criterion, params, combine=combine, **given)[1], expected, rtol=1e-5)
+    if criterion != "taylor":
+        found = pj.score(criterion, params, granularity="neuron", combine=combine, **given)["in"]["kernel"]
+        np.testing.assert_allclose(found, [BY_HAND[combine](kernel[:, u]) for u in range(5)], rtol=1e-5)
+        found = pj.score(criterion, params, granularity={"block": [4, 2]}, combine=combine, **given)["in"]["kernel"]
+        np.testing.assert_allclose(found[0, 0], BY_HAND[combine](kernel[:, :2]), rtol=1e-5)
+
+
+def test_a_recipe_combines_as_it_says(tmp_path):
+    stages = {"train": TRAIN, "score": {"kind": "score", "granularity": "group", "criterion": {"name": "magnitude"}}}
+    found = []
+    for combine in (None, "mean"):
+        stages["score"]["criterion"] = {"name": "magnitude"} | ({"combine": combine} if combine else {})
+        _, results = run_plain(tiny(**stages), Store(tmp_path))
+        found.append(arrays(Store(tmp_path), results["score"])["scores/params/hidden_0.out"])
+    np.testing.assert_allclose(found[0] / found[1], found[0][0] / found[1][0], rtol=1e-5)  # 4 inputs + 3 outputs
+    assert found[0][0] / found[1][0] == pytest.approx(7)
+    stages["score"]["criterion"] = {"name": "fpgm", "combine": "mean"}
+    with pytest.raises(UserMistake, match=r"criterion.combine = 'mean': criterion 'fpgm' scores whole units: there is"):
+        run_plain(tiny(**stages), Store(tmp_path))

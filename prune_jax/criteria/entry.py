@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from prune_jax.arguments import check_arguments
-from prune_jax.errors import UserMistake
+from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.notation import FAMILIES
 from prune_jax.registry import Registry, load_object
 from prune_jax.trees import PyTree
@@ -69,8 +69,16 @@ class Criterion:
             if name == "p" and value not in NORMS:
                 raise UserMistake(f"criterion {self.name!r}: p = {value!r} is not possible (allowed: 1, 2, inf)")
 
-    def combine_with(self, options: Mapping[str, Any]) -> str:
-        """How a unit's score is made of its weights' scores: a name of `granularity.unit_scores`."""
+    def combine_with(self, options: Mapping[str, Any], wanted: str | None = None) -> str:
+        """How a unit's score is made of its weights' scores: a name of `granularity.unit_scores`, the `wanted` one."""
+        if wanted is not None:
+            if self.combine.startswith("unit"):
+                raise UserMistake(f"criterion {self.name!r} scores whole units: there is nothing to combine")
+            if wanted not in COMBINE:
+                raise UserMistake(
+                    f"combine {wanted!r} is not possible{did_you_mean(wanted, COMBINE)} (allowed: {', '.join(COMBINE)})"
+                )
+            return wanted
         return NORMS[{**self.options, **options}["p"]] if self.combine == "p" else self.combine
 
     def __call__(self, *args: Any, **options: Any) -> PyTree:
@@ -79,6 +87,7 @@ class Criterion:
 
 
 OURS = ("key", "loss", "batches")  # what a criterion is given, and no option
+COMBINE = ("sum", "mean", "l1", "l2", "max")  # what one may want to be made of the scores of a unit's weights
 NORMS = {1: "sum", 2: "l2", float("inf"): "max", "inf": "max"}
 
 

@@ -125,6 +125,9 @@ class Criterion(Frozen):
 
     name: str = Field(description="see `prune-jax methods`", examples=["magnitude", "taylor"])
     options: dict[str, Any] = Field(default_factory=dict)
+    combine: Literal["sum", "mean", "l1", "l2", "max"] | None = Field(
+        default=None, description="what is made of the scores of a unit's weights; left out, what the criterion says"
+    )
     batches: int | None = Field(default=None, ge=1, description="score on so many batches; left out, on all")
 
     @model_validator(mode="before")
