@@ -77,7 +77,7 @@ EXACT = [
         "stages/prune/criterion",
         {"nme": "snip"},
         "stages.prune.criterion.nme = 'snip': is not a field here; did you mean 'name'? "
-        "(allowed: name, options, batches)",
+        "(allowed: name, options, combine, batches)",
     ),
     # missing fields
     ("data", MISSING, "data: is missing"),
