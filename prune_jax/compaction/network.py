@@ -1,7 +1,4 @@
-"""Compaction: a network without its dead units, as smaller arrays and a smaller function.
-
-The function is the user's own, walked again on smaller arrays; nothing of its code is changed.
-"""
+"""A function whose parameters' dependencies are known: what may be pruned, chosen, masked and taken away."""
 
 from __future__ import annotations
 
@@ -14,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prune_jax.compaction.compact import CompactNetwork
+from prune_jax.compaction.cutting import Traced, struct
 from prune_jax.costs import cost
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.groups import (
     LAYER,
-    Analysis,
     Function,
     Group,
     analyse,
@@ -28,17 +26,14 @@ from prune_jax.groups import (
     gone_in,
     layers,
     lowest,
-    mirrors,
     of_kinds,
     ranked,
-    rewrite,
     table,
     within,
 )
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 Dead = Mapping[str, Iterable[int]]  # group -> units
-Keep = Mapping[str, Sequence[np.ndarray]]  # path -> by axis, the indices that are left
 
 
 class TracedNetwork:
@@ -55,8 +50,8 @@ class TracedNetwork:
         self, apply: Callable[..., Any], params: PyTree, inputs: Sequence[Any], release: Sequence[str] = ()
     ) -> None:
         self._apply, self.params, self._release = apply, params, tuple(release)
-        self._shapes = jax.tree.map(_struct, params)
-        self._inputs = jax.tree.map(_struct, tuple(inputs))
+        self._shapes = jax.tree.map(struct, params)
+        self._inputs = jax.tree.map(struct, tuple(inputs))
         self._function = Function.of(apply, self._shapes, self._inputs)
         self._analysis = analyse(self._function, self._release)
 
@@ -195,7 +190,8 @@ class TracedNetwork:
         """
         left = zip(self._analysis.paths, self._keeps(dead), strict=True)
         keep = {path: tuple(np.flatnonzero(mask) for mask in masks) for path, masks in left}
-        return CompactNetwork(self, keep, self.params if params is None else params)
+        traced = Traced(self._function, self._analysis, self._shapes, self._inputs)
+        return CompactNetwork(self._apply, traced, keep, self.params if params is None else params, self._release)
 
     def dead_in(self, masks: PyTree) -> dict[str, list[int]]:
         """The units that hold nothing but masked weights, and the layers that add zero: what `compact` can take away.
@@ -265,110 +261,6 @@ class TracedNetwork:
         return table(self.groups, self.layers, self.shapes, self.frozen)
 
 
-class CompactNetwork:
-    """A network without its dead units. Made by `TracedNetwork.compact`.
-
-    Attributes:
-        params: the smaller arrays, in the containers of the traced ones.
-        keep: path -> for each axis the indices that are left.
-    """
-
-    def __init__(self, net: TracedNetwork, keep: Keep, params: PyTree) -> None:
-        self.keep, self._shapes, self._release = keep, net._shapes, net._release
-        self._jitted = jax.jit(shrink(net._apply, net._shapes, keep, release=net._release, traced=net))
-        self.params = self.slice(params)
-
-    def apply(self, params: PyTree, *inputs: Any) -> Any:
-        """What the traced function computes on the masked network, from arrays like `self.params`.
-
-        Inputs may have other shapes than those of the trace, such as another batch size.
-        """
-        return self._jitted(params, *inputs)
-
-    def of(self, apply: Callable[..., Any]) -> Callable[..., Any]:
-        """Another function of the same parameters, such as the training mode, made smaller by the same cut."""
-        return shrink(apply, self._shapes, self.keep, release=self._release)
-
-    def slice(self, tree: PyTree) -> PyTree:
-        """Cuts the dead indices out of a tree that mirrors the parameters: gradients, moments, averages, masks.
-
-        A leaf mirrors the parameter whose path ends its own, if it has its shape; other leaves stay as they are.
-        """
-        return cut(tree, self._shapes, self.keep)
-
-
-def cut(tree: PyTree, shapes: PyTree, keep: Keep) -> PyTree:
-    """Cuts the indices that are not in `keep` out of a tree that mirrors parameters of these shapes.
-
-    A leaf mirrors the parameter whose path ends its own, if it has its shape; other leaves stay as they are.
-    """
-    named = leaves_by_path(shapes)
-    paths, homes = list(named), dict(zip(leaves_by_path(tree), mirrors(tree, named), strict=True))
-
-    def of(path: str, leaf: Any) -> Any:
-        home = homes[path]
-        return leaf if home is None or paths[home] not in keep else _cut(leaf, keep[paths[home]])
-
-    return map_by_path(of, tree)
-
-
-def shrink(
-    apply: Callable[..., Any],
-    shapes: PyTree,
-    keep: Keep,
-    *,
-    release: Sequence[str] = (),
-    traced: TracedNetwork | None = None,
-) -> Callable[..., Any]:
-    """A function on parameters that were cut to `keep`, computing what `apply` does on whole, masked ones.
-
-    Args:
-        apply: `apply(params, *inputs) -> outputs`.
-        shapes: pytree of the whole parameters' shapes and types.
-        keep: path -> for each axis the indices that are left; parameters that it lacks are whole.
-        release: patterns of outputs that may get narrower, as in `trace`.
-        traced: the function's trace, if it is at hand: it is used where the shapes are the same.
-
-    Returns:
-        `small(params, *inputs) -> outputs`; it can be jitted, differentiated, mapped, sharded and exported.
-    """
-    sizes = {path: leaf.shape for path, leaf in leaves_by_path(shapes).items()}
-    gone = {path for path, axes in keep.items() if sizes[path] and all(sizes[path]) and not any(map(len, axes))}
-
-    def small(params: PyTree, *inputs: Any) -> Any:
-        whole = jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(s.shape, w.dtype), params, shapes)
-        at = jax.tree.map(_struct, inputs)
-        known = traced is not None and (whole, at) == (traced._shapes, traced._inputs)
-        if traced is not None and known and not gone:
-            analysis = traced._analysis
-        else:
-            function = traced._function if traced is not None and known else Function.of(apply, whole, at)
-            analysis = analyse(function, release, gone)
-        alive = _alive(analysis, keep, at)
-        return rewrite(analysis, alive, jax.tree.leaves(params), jax.tree.leaves(inputs))
-
-    return small
-
-
-def _alive(analysis: Analysis, keep: Keep, inputs: Any) -> np.ndarray:
-    """By label, who lives where these indices of the parameters are left."""
-    keeps = [[np.ones(axis.size, bool) for axis in axes] for axes in analysis.starts]
-    for path, masks in zip(analysis.paths, keeps, strict=True):
-        for mask, left in zip(masks, keep.get(path, ()), strict=False):
-            mask[:] = False
-            mask[np.asarray(left)] = True
-    alive = analysis.alive(analysis.units_within(keeps))
-    for path, mine, theirs, read in zip(analysis.paths, keeps, analysis.keeps(alive), analysis.read, strict=True):
-        for d, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            if read and not np.array_equal(a, b):
-                raise UserMistake(
-                    f"axis {d} of {path!r} cannot be pruned like this for inputs shaped "
-                    f"{[s.shape for s in jax.tree.leaves(inputs)]}: the function ties it otherwise there than "
-                    "where it was traced. Trace it with inputs like these."
-                )
-    return alive
-
-
 def trace(apply: Callable[..., Any], params: PyTree, *inputs: Any, release: Iterable[str] = ()) -> TracedNetwork:
     """Finds out which indices of which parameters of any JAX function live and die together.
 
@@ -400,16 +292,3 @@ def trace(apply: Callable[..., Any], params: PyTree, *inputs: Any, release: Iter
 
 def _paths(group: Group) -> set[str]:
     return {path for path, _, _ in group.members}
-
-
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
-
-
-def _cut(leaf: Any, keep: Sequence[np.ndarray]) -> Any:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(tuple(len(k) for k in keep), leaf.dtype)
-    for d, places in enumerate(keep):
-        if len(places) < leaf.shape[d]:
-            leaf = jnp.take(leaf, places, axis=d)
-    return leaf
