@@ -10,6 +10,7 @@ import numpy as np
 
 from prune_jax.budgets import TRIES, within_latency
 from prune_jax.checkpoints import Store
+from prune_jax.compaction import Dead, TracedNetwork
 from prune_jax.masks import apply_masks
 from prune_jax.models import Variables
 from prune_jax.networks import (
@@ -32,7 +33,7 @@ from prune_jax.problems import dataset_of, sample_of
 from prune_jax.progress import Progress, Report
 from prune_jax.recipe import StageCall
 from prune_jax.reestimation import reestimate
-from prune_jax.structure import after, restored, stored
+from prune_jax.structure import after, reading_order, restored, stored
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 
@@ -74,8 +75,34 @@ def mask_groups(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
         jax.device_get(apply_masks(loaded.variables.state, masks["state"])),
     )
     arrays, metrics = masked(call, loaded._replace(variables=variables, masks=jax.device_get(params)))
-    units = {name: {"dead": len(dead.get(name, ())), "units": group.size} for name, group in net.groups.items()}
-    return arrays, metrics | {"groups": units}
+    return arrays, metrics | _wiring(call, loaded, net, dead)
+
+
+def _wiring(call: StageCall, loaded: Loaded, net: TracedNetwork, dead: Dead) -> Metrics:
+    """What the report draws the network from: its groups, and its parameters in the order of their use.
+
+    Returns:
+        `groups`: name -> `dead`, `units`, `kind`, `members` as [path, axis]; `parameters`: [path, shape, shape without
+        the dead units]. Of the parameters alone: batch statistics follow them.
+    """
+    alive = leaves_by_path(net.masks(dead)["params"])
+    order = reading_order(network_for(call.problem, loaded.keep), inputs_of(sample_of(dataset_of(call.problem))))
+    groups = {
+        name: {
+            "dead": len(list(dead.get(name, ()))),
+            "units": group.size,
+            "kind": group.kind,
+            "members": [[p.removeprefix("params/"), d] for p, d, _ in group.members if p.startswith("params/")],
+        }
+        for name, group in net.groups.items()
+    }
+    return {"groups": groups, "parameters": [[p, list(alive[p].shape), _extent(np.asarray(alive[p]))] for p in order]}
+
+
+def _extent(mask: np.ndarray) -> list[int]:
+    """How many indices of each axis hold anything alive."""
+    axes = range(mask.ndim)
+    return [int(mask.any(axis=tuple(i for i in axes if i != d)).sum()) for d in axes]
 
 
 def _alive(loaded: Loaded) -> PyTree:
@@ -107,8 +134,4 @@ def compact(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metr
         variables = variables._replace(state=jax.device_get(state))
         made = made._replace(variables=variables)
     metrics = validated(call.problem, variables, dataset_of(call.problem), made.keep)
-    units = {
-        name: {"dead": len(dead.get(name, ())), "units": group.size, "kind": group.kind}
-        for name, group in net.groups.items()
-    }
-    return as_arrays(made), metrics | {"sparsity": sparsity_of(masks), "groups": units}
+    return as_arrays(made), metrics | {"sparsity": sparsity_of(masks), **_wiring(call, loaded, net, dead)}

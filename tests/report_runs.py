@@ -306,11 +306,19 @@ def compact_run(store: Store, *, cut=True, evaluated=("train", "prune", "compact
         keep = {n: np.ix_(masks[n]["kernel"].any(1), masks[n]["bias"]) for n in SHAPES}
         small = {n: {"kernel": p["kernel"][keep[n]], "bias": p["bias"][masks[n]["bias"]]} for n, p in params.items()}
         units = {n: {**g, "kind": "neuron"} for n, g in stages["prune.2.mask"]["metrics"]["groups"].items()}
+        for (n, group), reader in zip(units.items(), ("hidden_1", "output"), strict=True):
+            layer = n.removeprefix("params/").removesuffix(".out")
+            group["members"] = [[f"{layer}/kernel", 1], [f"{layer}/bias", 0], [f"{reader}/kernel", 0]]
+        parameters = [
+            [f"{n}/{leaf}", list(values.shape), list(small[n][leaf].shape)]
+            for n, layer in dense.items()
+            for leaf, values in layer.items()
+        ]
         for name, key, after in (("compact", "cc", "prune"), ("finetune", "cf", "compact")):
             stages[name] = stage(name, key, name, begin=10.0, seconds=0.5, after=[after], metrics={"sparsity": 0.0})
             store.write(Ref(name, key), {"params": small, "losses": falling_losses(rng, 90, 0.3, 0.02)}, {})
             networks[name] = small, None
-        stages["compact"]["metrics"]["groups"] = units
+        stages["compact"]["metrics"] |= {"groups": units, "parameters": parameters}
     stages["evaluate"] = stage("evaluate", "ce", "evaluate", begin=11.0, seconds=1.0, after=[*networks])
     accuracies = {"train": 0.955, "prune": 0.949, "compact": 0.949, "finetune": 0.952}
     results = {

@@ -14,7 +14,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
 from prune_jax.recipe import Ref
 from prune_jax.records import _headline
-from prune_jax.report import charts, dag, facts, page, write_report
+from prune_jax.report import charts, dag, facts, network, page, write_report
 from tests import report_runs as runs
 
 WIDTHS = ["hidden_0.out neuron 120 of 300 left", "hidden_1.out neuron 25 of 100 left"]
@@ -321,6 +321,61 @@ def test_layers_of_compact_networks_have_no_row(made):
     assert page.layers(record).networks == ("prune",)
     del record["results"]["prune"]["layers"]
     assert page.layers(record) is None
+
+
+def test_the_network_is_drawn_with_its_groups(made):
+    html = made["compact"][2]
+    shown = words(Page(html).texts["network"])
+    for told in ("hidden_0 784 × 300→120 · bias", "hidden_1 300→120 × 100→25 · bias", "output 100→25 × 10 · bias"):
+        assert told in shown
+    assert "hidden_0.out neuron 300 → 120" in shown
+    assert "As compact found it and left it" in shown
+    assert html.count('<g class="rail"') == 2
+    for word in ("plain", "groups"):  # no groups; groups of an artifact that tells no members
+        assert "network" not in Page(made[word][2]).texts
+
+
+def test_of_several_compactions_the_one_that_matters_is_drawn_first(made):
+    store, record, _ = made["compact"]
+    record = copy.deepcopy(record)
+    record["stages"] = {"other": record["stages"]["compact"], **record["stages"]}
+    html = page.page(store, record)
+    assert "As compact found it" in words(Page(html).texts["network"])
+    assert "<summary>other</summary>" in html
+
+
+def test_rails_share_lanes_but_no_colour_beside_each_other():
+    layers = network.layers_of([(f"layer_{i}/kernel", [4, 4], [4, 4]) for i in range(9)])
+
+    def group(*rows):
+        return {"dead": 1, "units": 4, "members": [[f"layer_{row}/kernel", 1] for row in rows]}
+
+    told = {"long": group(0, 8), **{f"short_{i}": group(i, i + 1) for i in range(8)}}
+    rails = {rail.name: rail for rail in network.rails_of(told, layers)}
+    assert [rails[f"short_{i}"].lane for i in range(8)] == [0, 2] * 4
+    assert rails["long"].lane == 1
+    for a in rails.values():
+        for b in rails.values():
+            beside = a.rows[0] <= b.rows[-1] + 1 and b.rows[0] <= a.rows[-1] + 1
+            assert a is b or not beside or a.ink != b.ink
+
+
+def test_norms_are_drawn_in_the_layer_before_them():
+    told = [("positions", [1, 9, 4]), ("norm/scale", [4]), ("a/q", [4, 4]), ("a/k", [4, 4]), ("a/bias", [4])]
+    layers = network.layers_of([(path, shape, shape) for path, shape in told])
+    assert [(layer.title, layer.also) for layer in layers] == [("positions", ["norm"]), ("a/q", []), ("a/k", ["bias"])]
+    alone = network.layers_of([("scale", [4], [2]), ("bias", [4], [2])])
+    assert [(layer.title, layer.also) for layer in alone] == [("scale", ["bias"])]
+
+
+def test_a_deep_network_is_drawn_in_part():
+    deep = network.SHOWN_BOXES + 7
+    parameters = [(f"layer_{i}/kernel", [4, 4], [4, 3]) for i in range(deep)]
+    members = [[f"layer_{i}/kernel", 1] for i in range(deep)]
+    drawn, left_out = network.drawing({"g": {"dead": 1, "units": 4, "members": members}}, parameters)
+    assert left_out == 7
+    assert drawn.count('<g class="box"') == network.SHOWN_BOXES
+    assert network.drawing({"g": {"dead": 1, "units": 4}}, parameters) is None
 
 
 def test_widths_are_those_of_the_compaction(made):

@@ -198,14 +198,19 @@ def widths_of(store: Store, record: Record) -> dict[str, dict[str, Mapping[str, 
         return compact
     kept = {}
     for name, stage in stages.items():
-        if stage["kind"] == "prune":
-            rounds = [r["round"] for r in rounds_of(store, record, name) if r.get("kept", True)]
-            last = f"{name}.{rounds[-1]}.mask" if rounds else name
-        else:
-            last = name if stage["kind"] == "mask" and owner(name, stages) is None else ""
-        if last in groups:
-            kept[name] = groups[last]
+        if stage["kind"] == "prune" or (stage["kind"] == "mask" and owner(name, stages) is None):
+            last = masked_by(store, record, name)
+            if last in groups:
+                kept[name] = groups[last]
     return kept
+
+
+def masked_by(store: Store, record: Record, name: str) -> str:
+    """The stage that tells of a stage's groups: of a pruning the last mask that it kept, else the stage itself."""
+    if record["stages"][name]["kind"] != "prune":
+        return name
+    rounds = [r["round"] for r in rounds_of(store, record, name) if r.get("kept", True)]
+    return f"{name}.{rounds[-1]}.mask" if rounds else name
 
 
 def search_of(store: Store, record: Record) -> dict[str, dict[str, Any]]:

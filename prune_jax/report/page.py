@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from prune_jax.checkpoints import Store
-from prune_jax.report import charts, dag, facts, tables
+from prune_jax.report import charts, dag, facts, network, tables
 from prune_jax.report.tables import Record
 
 FILES = resources.files("prune_jax.report")
@@ -43,6 +43,7 @@ def page(store: Store, record: Record) -> str:
         notes=sorted({n for r in record["results"].values() for n in r.get("notes", [])}),
         sparsity=_sparsity(store, record),
         layers=layers(record),
+        drawn=drawings(store, record),
         widths=widths(store, record),
         weights=_weights(arrays, record, networks),
         losses=_losses(arrays, record, networks),
@@ -148,6 +149,19 @@ def layers(record: Record) -> Bars | None:
     return Bars(tuple(pruned), rows)
 
 
+def drawings(store: Store, record: Record) -> list[tuple[str, Markup, int]]:
+    """(stage, drawing, layers left out) of networks with groups: first the one from which the best network descends."""
+    stages = facts.widths_of(store, record)
+    best = facts.best_of(record)
+    first = {a for name in best["names"][:1] for a in facts.lineage(record, name)} if best else set()
+    found = []
+    for name in sorted(stages, key=lambda n: n not in first):
+        parameters = record["stages"][facts.masked_by(store, record, name)]["metrics"].get("parameters", ())
+        if drawn := network.drawing(stages[name], parameters):
+            found.append((name, *drawn))
+    return found[: facts.SHOWN_NETWORKS]
+
+
 def widths(store: Store, record: Record) -> Bars | None:
     """How many units of each group are left; of many groups, those that lost the largest share."""
     stages = facts.widths_of(store, record)
@@ -161,7 +175,7 @@ def widths(store: Store, record: Record) -> Bars | None:
     rows = {
         name.removeprefix("params/"): (
             kinds[name],
-            {stage: _width(**groups[name]) for stage, groups in stages.items() if name in groups},
+            {stage: _width(groups[name]) for stage, groups in stages.items() if name in groups},
         )
         for name in lost
         if name in most
@@ -169,7 +183,8 @@ def widths(store: Store, record: Record) -> Bars | None:
     return Bars(tuple(stages), rows, len(lost) - len(rows)) if rows else None
 
 
-def _width(dead: int, units: int, kind: str = "") -> Share:
+def _width(group: Mapping[str, Any]) -> Share:
+    dead, units = group["dead"], group["units"]
     return Share(1 - dead / units, f"{units - dead:,} of {units:,}", "left")
 
 
