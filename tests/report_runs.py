@@ -330,6 +330,44 @@ def compact_run(store: Store, *, cut=True, evaluated=("train", "prune", "compact
     return "compact"
 
 
+def controls_run() -> dict:
+    """The record of a network cut to half beside its three controls."""
+    place, by_chance = {"prune.target.sparsity": "0.5"}, {"by-chance.target.sparsity": "0.5"}
+    mine, theirs = "[prune.target.sparsity=0.5]", "[by-chance.target.sparsity=0.5]"
+    wiring = {  # name: (kind, after, row)
+        "train": ("train", (), {}),
+        "longer": ("finetune", ("train",), {}),
+        f"prune{mine}": ("prune", ("train",), place),
+        f"cut{mine}": ("compact", (f"prune{mine}",), place),
+        f"finetuned{mine}": ("finetune", (f"cut{mine}",), place),
+        f"scratch{mine}": ("finetune", (f"cut{mine}",), place),
+        f"by-chance{theirs}": ("prune", ("train",), by_chance),
+        f"cut-by-chance{theirs}": ("compact", (f"by-chance{theirs}",), by_chance),
+        f"random{theirs}": ("finetune", (f"cut-by-chance{theirs}",), by_chance),
+    }
+    stages = {n: stage(kind, n, n, after=after, row=row) for n, (kind, after, row) in wiring.items()}
+    of = {name: {"kind": name} for name in ("train", "cut", "cut-by-chance")}
+    of |= {"prune": {"criterion": "taylor"}, "by-chance": {"criterion": {"name": "random"}}}
+    of |= {"longer": {}, "finetuned": {}, "random": {}, "scratch": {"rewind": "initialisation"}}
+    rng = np.random.default_rng(0)
+    dense, small = weights(rng), weights(rng, {"hidden_0": (784, 150), "hidden_1": (150, 50), "output": (50, 10)})
+    accuracies = dict(zip(wiring, (0.965, 0.969, 0.8, 0.8, 0.961, 0.95, 0.0, 0.0, 0.94), strict=True))
+    results = {
+        name: result(
+            dense if kind in {"train", "prune"} or name == "longer" else small,
+            None,
+            kind=kind,
+            key=name,
+            metric={"accuracy": accuracies[name], "loss": 0.1},
+            row=row,
+        )
+        | {"peak_bytes": {"1": 4000, "64": 64000}}
+        for name, (kind, _, row) in wiring.items()
+        if "by-chance[" not in name
+    }
+    return record("controls", stages, results, recipe={"name": "controls", "stages": of})
+
+
 def search_run(store: Store) -> str:
     """A regression whose threshold was searched for; its training was there already, its artifact is gone."""
     params = {"linear": {"kernel": np.linspace(-1, 1, 30, dtype=np.float32)[:, None], "bias": np.zeros(1, np.float32)}}

@@ -439,6 +439,40 @@ def test_models_of_other_sizes_are_not_compact(made):
     assert " % sparse at " in page.headline(record)["text"]
 
 
+def test_controls_stand_beside_the_pruned_network(store):
+    record = runs.controls_run()
+    series = {s.label: s.tests for s in facts.controls_of(record)}
+    dense, small = 784 * 300 + 300 * 100 + 100 * 10, 784 * 150 + 150 * 50 + 50 * 10
+    assert list(series)[:3] == ["dense", "dense, trained longer", "compact, fine-tuned"]  # not what these were made of
+    expected = {
+        "dense": (1, 0.965),
+        "dense, trained longer": (1, 0.969),
+        "compact, fine-tuned": (small / dense, 0.961),
+        "fresh": (small / dense, 0.95),
+        "compact, at random, fine-tuned": (small / dense, 0.94),
+    }
+    assert {label: [p[:2] for p in points] for label, points in series.items()} == {
+        label: [pytest.approx(point)] for label, point in expected.items()
+    }
+    shown = words(Page(page.page(store, record)).texts["controls"])
+    assert "MACs left, % of the dense network's" in shown
+    assert all(label in shown for label in expected)
+    assert "lacks" not in shown
+
+
+def test_a_run_without_all_controls_says_which_it_lacks(store):
+    record = runs.controls_run()
+    for name in list(record["results"]):
+        if name.startswith(("longer", "random")):
+            del record["results"][name]
+    shown = words(Page(page.page(store, record)).texts["controls"])
+    assert "lacks units drawn at random and the dense network trained longer." in shown
+    for name in list(record["results"]):
+        if name.startswith("scratch"):
+            del record["results"][name]
+    assert "controls" not in Page(page.page(store, record)).texts
+
+
 def test_histograms_count_every_survivor(made):
     store, record, html = made["plain"]
     found = facts.histograms(facts.Arrays(store), record, ["prune"])

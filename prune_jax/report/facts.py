@@ -12,7 +12,7 @@ import numpy as np
 from prune_jax.checkpoints import Store
 from prune_jax.errors import DamagedArtifactError
 from prune_jax.recipe import Ref
-from prune_jax.report.tables import HIGHER_IS_BETTER, Record, dense_of, primary_metric
+from prune_jax.report.tables import HIGHER_IS_BETTER, LONGER, Record, dense_of, lineage, primary_metric, role_of
 from prune_jax.trees import leaves_by_path
 
 SHOWN_NETWORKS = 4  # whose weights and losses are drawn; a matrix may have hundreds
@@ -116,19 +116,6 @@ def _word(value: Any) -> str:
     if isinstance(value, Mapping):
         return "+".join(_word(v) for v in value.values())
     return "-".join(map(_word, value)) if isinstance(value, list) else str(value)
-
-
-def lineage(record: Record, name: str) -> list[str]:
-    """A stage and those from which it descends."""
-    stages = record.get("stages", {})
-    seen: list[str] = []
-    ahead = [name]
-    while ahead:
-        here = ahead.pop()
-        if here in stages and here not in seen:
-            seen.append(here)
-            ahead += stages[here].get("after", [])
-    return seen
 
 
 def dense_params(record: Record, name: str) -> int | None:
@@ -271,6 +258,32 @@ def series_of(store: Store, record: Record) -> list[Series]:
     for (label, _), pairs in tests.items():
         found.setdefault(label, Series(label)).tests.append(_mean(pairs))
     return sorted(found.values(), key=lambda s: s.label != "dense")
+
+
+def controls_of(record: Record) -> list[Series]:
+    """The chosen metric against the share of the dense network's MACs, one series for each role; none without controls.
+
+    Controls are what the pruned network must beat: units drawn by lot, a fresh network of the same widths, the dense
+    one trained as long. Networks that others were made of stand for these others alone. Over seeds the points are
+    means with their range.
+    """
+    metric, results = primary_metric(record), record.get("results", {})
+    roles = {name: role_of(record, name) for name in results}
+    if not any(role in {"fresh", LONGER} or "at random" in role for role in roles.values()):
+        return []
+    used = {n for name in results for n in lineage(record, name)[1:]}
+    found: dict[str, dict[Any, list[tuple[float, float]]]] = {}
+    for name, result in results.items():
+        dense = dense_of(record, name)
+        if metric not in result or not dense or (name in used and roles[name] != "dense"):
+            continue
+        row = words_of(result.get("row") or {})
+        told = [f"{k}={_word(v)}" for k, v in row.items() if k not in {"sparsity", "seed", "criterion"}]
+        share = result["effective_macs"] / max(1, results[dense]["macs"])
+        label = ", ".join([roles[name] or base_name(name), *told])
+        found.setdefault(label, {}).setdefault(row.get("sparsity"), []).append((share, result[metric]))
+    series = [Series(label, tests=sorted(map(_mean, places.values()))) for label, places in found.items()]
+    return sorted(series, key=lambda s: (not s.label.startswith("dense"), "at random" in s.label or "fresh" in s.label))
 
 
 def _climb(store: Store, record: Record, name: str, metric: str) -> list[tuple[Any, float, float, bool]]:

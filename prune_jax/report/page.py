@@ -28,6 +28,7 @@ def page(store: Store, record: Record) -> str:
         "duration": dag.duration,
         "count": "{:,}".format,
         "breakable": breakable,
+        "short": tables.short,
     }
     template = environment.from_string((FILES / "page.html").read_text("utf-8"))
     record = {"recipe": {}, "stages": {}, "results": {}, **record}
@@ -42,6 +43,7 @@ def page(store: Store, record: Record) -> str:
         results=tables.results_table(record),
         notes=sorted({n for r in record["results"].values() for n in r.get("notes", [])}),
         sparsity=_sparsity(store, record),
+        controls=_controls(record),
         layers=layers(record),
         drawn=drawings(store, record),
         widths=widths(store, record),
@@ -153,7 +155,7 @@ def drawings(store: Store, record: Record) -> list[tuple[str, Markup, int]]:
     """(stage, drawing, layers left out) of networks with groups: first the one from which the best network descends."""
     stages = facts.widths_of(store, record)
     best = facts.best_of(record)
-    first = {a for name in best["names"][:1] for a in facts.lineage(record, name)} if best else set()
+    first = {a for name in best["names"][:1] for a in tables.lineage(record, name)} if best else set()
     found = []
     for name in sorted(stages, key=lambda n: n not in first):
         parameters = record["stages"][facts.masked_by(store, record, name)]["metrics"].get("parameters", ())
@@ -216,6 +218,28 @@ def _sparsity(store: Store, record: Record) -> dict[str, Any] | None:
     }
 
 
+def _controls(record: Record) -> dict[str, Any] | None:
+    series = facts.controls_of(record)
+    if not series:
+        return None
+    metric = tables.primary_metric(record)
+    return {
+        "wide": charts.controls_chart(series, metric, width=960, height=340),
+        "narrow": charts.controls_chart(series, metric, width=340, height=260),
+        "legend": charts.series_colours(series),
+        "lacking": [
+            told
+            for told, there in (
+                ("units drawn at random", any("at random" in s.label for s in series)),
+                ("a fresh network of the same widths", any(s.label.startswith("fresh") for s in series)),
+                ("the dense network trained longer", any(s.label.startswith(tables.LONGER) for s in series)),
+            )
+            if not there
+        ],
+        "seeds": any(p.high > p.low for s in series for p in s.tests),
+    }
+
+
 def _floor(record: Record, metric: str) -> float | None:
     """The limit that the guards set, if all prune stages have the same one."""
     limits = set()
@@ -237,7 +261,7 @@ def _floor(record: Record, metric: str) -> float | None:
 
 def _ancestors(record: Record, name: str) -> list[str]:
     """The trainings from which a stage descends."""
-    return [n for n in facts.lineage(record, name) if record["stages"][n]["kind"] == "train"]
+    return [n for n in tables.lineage(record, name) if record["stages"][n]["kind"] == "train"]
 
 
 def _stage_of(record: Record, name: str) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import compress
 from textwrap import wrap
@@ -16,6 +17,7 @@ Record = Mapping[str, Any]
 MANY = 5  # with more networks than this, each has a row instead of a column
 HIGHER_IS_BETTER = {"accuracy"}
 MISSING = "–"
+LONGER = "dense, trained longer"
 SIZES = {
     "params": "parameters",
     "nonzero": "non-zeros",
@@ -39,6 +41,7 @@ class Results(NamedTuple):
     """One column of cells for each network."""
 
     networks: tuple[str, ...]
+    roles: tuple[str, ...]  # what each network is to the question: dense, masked, compact, a control
     dense: tuple[bool, ...]
     quantities: tuple[str, ...]  # what each cell of a column is
     vital: tuple[bool, ...]  # which quantities are shown where there is little room
@@ -53,6 +56,11 @@ class Results(NamedTuple):
     def many(self) -> bool:
         """Whether each network is better given a row."""
         return len(self.networks) > MANY
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The quantities as rows of many columns have them: the vital ones first."""
+        return tuple(sorted(range(len(self.quantities)), key=lambda i: not self.vital[i]))
 
 
 def metrics_of(result: Mapping[str, Any]) -> list[str]:
@@ -83,6 +91,64 @@ def dense_of(record: Record, network: str) -> str | None:
     return next((n for n, r in results.items() if r.get("kind") == "train"), None)
 
 
+def lineage(record: Record, name: str) -> list[str]:
+    """A stage and those from which it descends, nearest first."""
+    stages = record.get("stages", {})
+    seen: list[str] = []
+    ahead = [name]
+    while ahead:
+        here = ahead.pop(0)
+        if here in stages and here not in seen:
+            seen.append(here)
+            ahead += stages[here].get("after", [])
+    return seen
+
+
+def role_of(record: Record, name: str) -> str:
+    """What a network is beside the others, by the stages that it went through.
+
+    `dense`; `masked` or `compact`, at random where units were drawn by lot, and fine-tuned; `fresh`, a compact network
+    trained from its initialisation, which tells what its widths alone are worth; `dense, trained longer`.
+    """
+    stages = record.get("stages", {})
+    told = record.get("results", {}).get(name, {}).get("kind", "")
+    kinds = {n: stages[n]["kind"] for n in lineage(record, name)} or {name: told}
+    line = list(kinds)
+    cut = next((i for i, n in enumerate(line) if kinds[n] == "compact"), None)
+    masked = next((i for i, n in enumerate(line) if kinds[n] in {"prune", "mask"}), None)
+    if cut is None and masked is None:
+        if "train" not in kinds.values():
+            return ""
+        return LONGER if "finetune" in kinds.values() else "dense"
+    tuned = [n for n in line[: masked if cut is None else cut] if kinds[n] == "finetune"]
+    if cut is not None and tuned and _setting(record, tuned[0], "rewind") not in (None, "none"):
+        return "fresh"
+    words = ["masked" if cut is None else "compact"]
+    words += ["at random"] if any(_setting(record, n, "criterion") == "random" for n in line) else []
+    return ", ".join([*words, *(["fine-tuned"] if tuned else [])])
+
+
+def _setting(record: Record, name: str, word: str) -> Any:
+    """What a stage's recipe says, with the value of its row; of a criterion its name."""
+    stage = record.get("recipe", {}).get("stages", {}).get(name.partition("[")[0], {})
+    row = record.get("stages", {}).get(name, {}).get("row") or {}
+    found = next((v for axis, v in row.items() if axis.rpartition(".")[2] == word), stage.get(word))
+    return found.get("name") if isinstance(found, Mapping) and "name" in found else found
+
+
+def short(name: str) -> str:
+    """The name of a matrix's row with the last words of its axes, where they tell them apart.
+
+    >>> short("random[by-chance.target.sparsity=0.5,seed=1]"), short("prune[a.x=1,b.x=2]")
+    ('random[sparsity=0.5,seed=1]', 'prune[a.x=1,b.x=2]')
+    """
+    axes = re.findall(r"[\[,]([\w.-]+)=", name)
+    words = [axis.rpartition(".")[2] for axis in axes]
+    if len(set(words)) < len(words):
+        return name
+    return re.sub(r"([\[,])[\w.-]+\.(\w+)=", r"\1\2=", name)
+
+
 def results_table(record: Record) -> Results:
     """Metric, loss, sizes and latency of every evaluated network, each with its ratio to the dense one.
 
@@ -101,9 +167,13 @@ def results_table(record: Record) -> Results:
         base = {**results[reference], **_beside(result)} if reference not in (None, name) else {}
         columns.append(tuple(Cell(shown(p, _at(result, p)), versus(p, _at(result, p), _at(base, p))) for p in paths))
         dense.append(reference == name)
-    most = {(q,) for q in (*metrics, "nonzero", "sparsity")} | {("latency_ms", b, "p50") for b in batches[:1]}
+    roles = tuple(role_of(record, name) for name in results)
+    cut = any(role.startswith(("compact", "fresh")) for role in roles)
+    counts = ("params", "macs", "bytes") if cut else ("nonzero", "sparsity")
+    most: set[tuple[str, ...]] = {(q,) for q in (*metrics, *counts)} | {("latency_ms", b, "p50") for b in batches[:1]}
+    most |= {("peak_bytes", b) for b in batches[-1:]} if cut else set()
     vital = tuple(p in most for p in paths)
-    return Results(tuple(results), tuple(dense), tuple(_title(p) for p in paths), vital, tuple(columns))
+    return Results(tuple(results), roles, tuple(dense), tuple(_title(p) for p in paths), vital, tuple(columns))
 
 
 def _beside(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,18 +188,19 @@ def results_rich(record: Record) -> Table:
     table = Table(title=Text(str(record.get("name", ""))), title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
     if not results.many:
         table.add_column("")
-        for name in results.networks:
-            table.add_column(Text(name), justify="right")
+        for name, role in zip(results.networks, results.roles, strict=True):
+            table.add_column(_named(short(name), role), justify="right")
         for i, quantity in enumerate(results.quantities):
             cells = [_rich_cell(column[i], " ") for column in results.columns]
             table.add_row(Text(quantity), *cells)
         return table
-    table.add_column("network")
+    table.padding = (0, 1, 0, 0)
+    table.add_column("network", overflow="fold")
     for quantity in compress(results.quantities, results.vital):
-        table.add_column(Text("\n".join(wrap(quantity, 12))), justify="right", no_wrap=True)
-    for name, column in zip(results.networks, results.columns, strict=True):
-        spaced = Text(name.replace(",", ", "))  # so that it breaks between the axes of a matrix
-        table.add_row(spaced, *(_rich_cell(cell, "\n") for cell in compress(column, results.vital)))
+        table.add_column(Text("\n".join(wrap(quantity, 9, break_long_words=False))), justify="right", no_wrap=True)
+    for name, role, column in zip(results.networks, results.roles, results.columns, strict=True):
+        spaced = short(name).replace(",", ", ").replace("[", " [")  # so that it breaks between the axes of a matrix
+        table.add_row(_named(spaced, role), *(_rich_cell(cell, "\n") for cell in compress(column, results.vital)))
     return table
 
 
@@ -139,11 +210,12 @@ def results_markdown(record: Record) -> str:
     if not results.networks:
         return "No network was evaluated.\n"
     if results.many:
-        header: list[str] = ["network", *results.quantities]
-        rows = [[n, *map(_text, c)] for n, c in zip(results.networks, results.columns, strict=True)]
+        header: list[str] = ["network", "", *results.quantities]
+        rows = [[short(n), r, *map(_text, c)] for n, r, c in zip(*results[:2], results.columns, strict=True)]
     else:
-        header = ["", *results.networks]
-        rows = [[q, *(_text(c[i]) for c in results.columns)] for i, q in enumerate(results.quantities)]
+        header = ["", *map(short, results.networks)]
+        rows = [["", *results.roles]] if any(results.roles) else []
+        rows += [[q, *(_text(c[i]) for c in results.columns)] for i, q in enumerate(results.quantities)]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(_plain(cell) for cell in line)} |\n" for line in lines)
 
@@ -228,6 +300,11 @@ def _title(path: tuple[str, ...]) -> str:
 
 def _text(cell: Cell) -> str:
     return f"{cell.text} ({cell.versus})" if cell.versus else cell.text
+
+
+def _named(name: str, role: str) -> Text:
+    """A network's name over its role, unless they are one word."""
+    return Text.assemble(name, (f"\n{role}", "not bold dim")) if role and role != name else Text(name)
 
 
 def _rich_cell(cell: Cell, between: str) -> Text:
