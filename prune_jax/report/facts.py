@@ -12,7 +12,8 @@ import numpy as np
 from prune_jax.checkpoints import Store
 from prune_jax.errors import DamagedArtifactError
 from prune_jax.recipe import Ref
-from prune_jax.report.tables import HIGHER_IS_BETTER, LONGER, Record, dense_of, lineage, primary_metric, role_of
+from prune_jax.report.tables import HIGHER_IS_BETTER, Record, dense_of, primary_metric
+from prune_jax.roles import is_control, lineage, role_of
 from prune_jax.trees import leaves_by_path
 
 SHOWN_NETWORKS = 4  # whose weights and losses are drawn; a matrix may have hundreds
@@ -269,7 +270,7 @@ def controls_of(record: Record) -> list[Series]:
     """
     metric, results = primary_metric(record), record.get("results", {})
     roles = {name: role_of(record, name) for name in results}
-    if not any(role in {"fresh", LONGER} or "at random" in role for role in roles.values()):
+    if not any(map(is_control, roles.values())):
         return []
     used = {n for name in results for n in lineage(record, name)[1:]}
     found: dict[str, dict[Any, list[tuple[float, float]]]] = {}
@@ -325,7 +326,7 @@ def _mean(pairs: list[tuple[float, float]]) -> Point:
 
 
 def best_of(record: Record) -> dict[str, Any] | None:
-    """The smallest pruned networks, seeds taken together: `smaller` times smaller than the dense one.
+    """The smallest pruned networks, seeds taken together: `smaller` times smaller than the dense one; no controls.
 
     Few parameters come first, then few that are not zero; of equals the best by the metric. Where no network has fewer
     parameters than the dense one, the sparsest.
@@ -333,10 +334,10 @@ def best_of(record: Record) -> dict[str, Any] | None:
     metric = primary_metric(record)
     results = record.get("results", {})
     groups: dict[tuple[str, str], list[str]] = {}
-    for name, result in results.items():
-        if result.get("kind") != "train" and metric in result:
-            row = {k: v for k, v in words_of(result.get("row") or {}).items() if k != "seed"}
-            groups.setdefault((base_name(name), str(row)), []).append(name)
+    pruned = [n for n, r in results.items() if r.get("kind") != "train" and metric in r]
+    for name in [n for n in pruned if not is_control(role_of(record, n))] or pruned:
+        row = {k: v for k, v in words_of(results[name].get("row") or {}).items() if k != "seed"}
+        groups.setdefault((base_name(name), str(row)), []).append(name)
     found: list[dict[str, Any]] = []
     extent, bases = extents(record), list(dict.fromkeys(base for base, _ in groups))
     for (base, _), names in groups.items():

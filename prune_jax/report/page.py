@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from prune_jax.checkpoints import Store
 from prune_jax.report import charts, dag, facts, network, tables
 from prune_jax.report.tables import Record
+from prune_jax.roles import LONGER, lineage
 
 FILES = resources.files("prune_jax.report")
 SHOWN_GROUPS = 24
@@ -155,7 +156,7 @@ def drawings(store: Store, record: Record) -> list[tuple[str, Markup, int]]:
     """(stage, drawing, layers left out) of networks with groups: first the one from which the best network descends."""
     stages = facts.widths_of(store, record)
     best = facts.best_of(record)
-    first = {a for name in best["names"][:1] for a in tables.lineage(record, name)} if best else set()
+    first = {a for name in best["names"][:1] for a in lineage(record, name)} if best else set()
     found = []
     for name in sorted(stages, key=lambda n: n not in first):
         parameters = record["stages"][facts.masked_by(store, record, name)]["metrics"].get("parameters", ())
@@ -232,7 +233,7 @@ def _controls(record: Record) -> dict[str, Any] | None:
             for told, there in (
                 ("units drawn at random", any("at random" in s.label for s in series)),
                 ("a fresh network of the same widths", any(s.label.startswith("fresh") for s in series)),
-                ("the dense network trained longer", any(s.label.startswith(tables.LONGER) for s in series)),
+                ("the dense network trained longer", any(s.label.startswith(LONGER) for s in series)),
             )
             if not there
         ],
@@ -261,7 +262,7 @@ def _floor(record: Record, metric: str) -> float | None:
 
 def _ancestors(record: Record, name: str) -> list[str]:
     """The trainings from which a stage descends."""
-    return [n for n in tables.lineage(record, name) if record["stages"][n]["kind"] == "train"]
+    return [n for n in lineage(record, name) if record["stages"][n]["kind"] == "train"]
 
 
 def _stage_of(record: Record, name: str) -> Mapping[str, Any]:

@@ -12,12 +12,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from prune_jax.roles import role_of
+
 Record = Mapping[str, Any]
 
 MANY = 5  # with more networks than this, each has a row instead of a column
 HIGHER_IS_BETTER = {"accuracy"}
 MISSING = "–"
-LONGER = "dense, trained longer"
 SIZES = {
     "params": "parameters",
     "nonzero": "non-zeros",
@@ -89,51 +90,6 @@ def dense_of(record: Record, network: str) -> str | None:
             seen.add(name)
             ahead += stages.get(name, {}).get("after", [])
     return next((n for n, r in results.items() if r.get("kind") == "train"), None)
-
-
-def lineage(record: Record, name: str) -> list[str]:
-    """A stage and those from which it descends, nearest first."""
-    stages = record.get("stages", {})
-    seen: list[str] = []
-    ahead = [name]
-    while ahead:
-        here = ahead.pop(0)
-        if here in stages and here not in seen:
-            seen.append(here)
-            ahead += stages[here].get("after", [])
-    return seen
-
-
-def role_of(record: Record, name: str) -> str:
-    """What a network is beside the others, by the stages that it went through.
-
-    `dense`; `masked` or `compact`, at random where units were drawn by lot, and fine-tuned; `fresh`, a compact network
-    trained from its initialisation, which tells what its widths alone are worth; `dense, trained longer`.
-    """
-    stages = record.get("stages", {})
-    told = record.get("results", {}).get(name, {}).get("kind", "")
-    kinds = {n: stages[n]["kind"] for n in lineage(record, name)} or {name: told}
-    line = list(kinds)
-    cut = next((i for i, n in enumerate(line) if kinds[n] == "compact"), None)
-    masked = next((i for i, n in enumerate(line) if kinds[n] in {"prune", "mask"}), None)
-    if cut is None and masked is None:
-        if "train" not in kinds.values():
-            return ""
-        return LONGER if "finetune" in kinds.values() else "dense"
-    tuned = [n for n in line[: masked if cut is None else cut] if kinds[n] == "finetune"]
-    if cut is not None and tuned and _setting(record, tuned[0], "rewind") not in (None, "none"):
-        return "fresh"
-    words = ["masked" if cut is None else "compact"]
-    words += ["at random"] if any(_setting(record, n, "criterion") == "random" for n in line) else []
-    return ", ".join([*words, *(["fine-tuned"] if tuned else [])])
-
-
-def _setting(record: Record, name: str, word: str) -> Any:
-    """What a stage's recipe says, with the value of its row; of a criterion its name."""
-    stage = record.get("recipe", {}).get("stages", {}).get(name.partition("[")[0], {})
-    row = record.get("stages", {}).get(name, {}).get("row") or {}
-    found = next((v for axis, v in row.items() if axis.rpartition(".")[2] == word), stage.get(word))
-    return found.get("name") if isinstance(found, Mapping) and "name" in found else found
 
 
 def short(name: str) -> str:
