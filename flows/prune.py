@@ -132,6 +132,6 @@ def _show(record: dict[str, Any]) -> None:
 def _rows(record: dict[str, Any]) -> list[dict[str, str]]:
     table = results_table(record)
     return [
-        {"network": name, **{q: cell.text for q, cell in zip(table.quantities, column, strict=True)}}
-        for name, column in zip(table.networks, table.columns, strict=True)
+        {"network": name, "role": role, **{q: cell.text for q, cell in zip(table.quantities, column, strict=True)}}
+        for name, role, column in zip(table.networks, table.roles, table.columns, strict=True)
     ]

@@ -36,7 +36,7 @@ from prune_jax.problems import dataset_of, sample_of
 from prune_jax.progress import Progress, Report
 from prune_jax.recipe import StageCall
 from prune_jax.reestimation import reestimate
-from prune_jax.structure import after, restored, stored
+from prune_jax.structure import after, reading_order, restored, stored
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 WIRED = ("group", "layer")  # granularities that a network's trace knows
@@ -87,8 +87,40 @@ def mask_groups(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
     )
     arrays, metrics = masked(call, loaded._replace(variables=variables, masks=jax.device_get(params)))
     groups = net.layers if settings["granularity"] == LAYER else net.groups
-    units = {name: {"dead": len(dead.get(name, ())), "units": group.size} for name, group in groups.items()}
-    return arrays, metrics | {"groups": units}
+    return arrays, metrics | _wiring(call, loaded, net, dead, groups)
+
+
+def _wiring(call: StageCall, loaded: Loaded, net: TracedNetwork, dead: Dead, groups: Mapping[str, Group]) -> Metrics:
+    """What the report draws the network from: its groups, and its parameters in the order of their use.
+
+    Returns:
+        `groups`: name -> `dead`, `units`, `kind`, `members` as [path, axis]; `parameters`: [path, shape, shape without
+        the dead units]. Of the parameters alone: batch statistics follow them.
+    """
+    alive = leaves_by_path(net.masks(dead)["params"])
+    order = reading_order(network_for(call.problem, loaded.keep), inputs_of(sample_of(dataset_of(call.problem))))
+    gone = gone_in(dead, net.layers)
+
+    def lost(group: Group) -> int:
+        within = {path for path, _, _ in group.members} <= gone
+        return group.size if within else len(list(dead.get(group.name, ())))
+
+    found = {
+        name: {
+            "dead": lost(group),
+            "units": group.size,
+            "kind": group.kind,
+            "members": [[p.removeprefix("params/"), d] for p, d, _ in group.members if p.startswith("params/")],
+        }
+        for name, group in groups.items()
+    }
+    return {"groups": found, "parameters": [[p, list(alive[p].shape), _extent(np.asarray(alive[p]))] for p in order]}
+
+
+def _extent(mask: np.ndarray) -> list[int]:
+    """How many indices of each axis hold anything alive."""
+    axes = range(mask.ndim)
+    return [int(mask.any(axis=tuple(i for i in axes if i != d)).sum()) for d in axes]
 
 
 def _alive(loaded: Loaded) -> PyTree:
@@ -121,18 +153,5 @@ def compact(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metr
         variables = variables._replace(state=jax.device_get(state))
         made = made._replace(variables=variables)
     metrics = validated(call.problem, variables, dataset_of(call.problem), made.keep)
-    return as_arrays(made), metrics | {"sparsity": sparsity_of(masks), "groups": _widths(net, dead)}
-
-
-def _widths(net: TracedNetwork, dead: Dead) -> dict[str, dict[str, Any]]:
-    """How many units of each group are gone; of layers, of those that are."""
-    layers = {name: group for name, group in net.layers.items() if name in dead}
-    gone = gone_in(dead, layers)
-
-    def lost(name: str, group: Group) -> int:
-        return group.size if {path for path, _, _ in group.members} <= gone else len(list(dead.get(name, ())))
-
-    return {
-        name: {"dead": lost(name, group), "units": group.size, "kind": group.kind}
-        for name, group in {**net.groups, **layers}.items()
-    }
+    groups = {**net.groups, **{name: group for name, group in net.layers.items() if name in dead}}
+    return as_arrays(made), metrics | {"sparsity": sparsity_of(masks), **_wiring(call, loaded, net, dead, groups)}

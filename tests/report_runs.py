@@ -306,11 +306,19 @@ def compact_run(store: Store, *, cut=True, evaluated=("train", "prune", "compact
         keep = {n: np.ix_(masks[n]["kernel"].any(1), masks[n]["bias"]) for n in SHAPES}
         small = {n: {"kernel": p["kernel"][keep[n]], "bias": p["bias"][masks[n]["bias"]]} for n, p in params.items()}
         units = {n: {**g, "kind": "neuron"} for n, g in stages["prune.2.mask"]["metrics"]["groups"].items()}
+        for (n, group), reader in zip(units.items(), ("hidden_1", "output"), strict=True):
+            layer = n.removeprefix("params/").removesuffix(".out")
+            group["members"] = [[f"{layer}/kernel", 1], [f"{layer}/bias", 0], [f"{reader}/kernel", 0]]
+        parameters = [
+            [f"{n}/{leaf}", list(values.shape), list(small[n][leaf].shape)]
+            for n, layer in dense.items()
+            for leaf, values in layer.items()
+        ]
         for name, key, after in (("compact", "cc", "prune"), ("finetune", "cf", "compact")):
             stages[name] = stage(name, key, name, begin=10.0, seconds=0.5, after=[after], metrics={"sparsity": 0.0})
             store.write(Ref(name, key), {"params": small, "losses": falling_losses(rng, 90, 0.3, 0.02)}, {})
             networks[name] = small, None
-        stages["compact"]["metrics"]["groups"] = units
+        stages["compact"]["metrics"] |= {"groups": units, "parameters": parameters}
     stages["evaluate"] = stage("evaluate", "ce", "evaluate", begin=11.0, seconds=1.0, after=[*networks])
     accuracies = {"train": 0.955, "prune": 0.949, "compact": 0.949, "finetune": 0.952}
     results = {
@@ -320,6 +328,44 @@ def compact_run(store: Store, *, cut=True, evaluated=("train", "prune", "compact
     }
     store.write_record(record("compact", stages, results, seconds=12.5))
     return "compact"
+
+
+def controls_run() -> dict:
+    """The record of a network cut to half beside its three controls."""
+    place, by_chance = {"prune.target.sparsity": "0.5"}, {"by-chance.target.sparsity": "0.5"}
+    mine, theirs = "[prune.target.sparsity=0.5]", "[by-chance.target.sparsity=0.5]"
+    wiring = {  # name: (kind, after, row)
+        "train": ("train", (), {}),
+        "longer": ("finetune", ("train",), {}),
+        f"prune{mine}": ("prune", ("train",), place),
+        f"cut{mine}": ("compact", (f"prune{mine}",), place),
+        f"finetuned{mine}": ("finetune", (f"cut{mine}",), place),
+        f"scratch{mine}": ("finetune", (f"cut{mine}",), place),
+        f"by-chance{theirs}": ("prune", ("train",), by_chance),
+        f"cut-by-chance{theirs}": ("compact", (f"by-chance{theirs}",), by_chance),
+        f"random{theirs}": ("finetune", (f"cut-by-chance{theirs}",), by_chance),
+    }
+    stages = {n: stage(kind, n, n, after=after, row=row) for n, (kind, after, row) in wiring.items()}
+    of = {name: {"kind": name} for name in ("train", "cut", "cut-by-chance")}
+    of |= {"prune": {"criterion": "taylor"}, "by-chance": {"criterion": {"name": "random"}}}
+    of |= {"longer": {}, "finetuned": {}, "random": {}, "scratch": {"rewind": "initialisation"}}
+    rng = np.random.default_rng(0)
+    dense, small = weights(rng), weights(rng, {"hidden_0": (784, 150), "hidden_1": (150, 50), "output": (50, 10)})
+    accuracies = dict(zip(wiring, (0.965, 0.969, 0.8, 0.8, 0.961, 0.95, 0.0, 0.0, 0.94), strict=True))
+    results = {
+        name: result(
+            dense if kind in {"train", "prune"} or name == "longer" else small,
+            None,
+            kind=kind,
+            key=name,
+            metric={"accuracy": accuracies[name], "loss": 0.1},
+            row=row,
+        )
+        | {"peak_bytes": {"1": 4000, "64": 64000}}
+        for name, (kind, _, row) in wiring.items()
+        if "by-chance[" not in name
+    }
+    return record("controls", stages, results, recipe={"name": "controls", "stages": of})
 
 
 def search_run(store: Store) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,9 +10,11 @@ from prune_jax import cli
 from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
 from prune_jax.export import load_stablehlo
+from prune_jax.models import Network, Variables
 from prune_jax.networks import read_network
 from prune_jax.prediction import predict, read_inputs
 from prune_jax.records import Run
+from prune_jax.structure import reading_order
 from tests.plain import EVALUATE, TRAIN, arrays, part, run_plain, tiny
 from tests.test_stages import MODELS
 
@@ -54,6 +57,34 @@ def test_what_was_masked_and_what_is_compact_give_the_same_figures(shared, kind)
     assert found["compact"]["nonzero"] <= found["prune"]["nonzero"]
     assert results["export"].metrics["stablehlo"]["largest_difference"] <= 1e-4
     assert any(group["dead"] for group in results["compact"].metrics["groups"].values())
+
+
+@pytest.mark.parametrize("stage", ["prune.1.mask", "compact"])
+def test_groups_are_told_with_their_members_and_shapes(shared, stage):
+    _, results = run_plain(tiny(train=TRAIN, prune=GROUPS, compact=COMPACT), shared)
+    told = results[stage].metrics
+    whole, small = (part(arrays(shared, results[name]), "params") for name in ("train", "compact"))
+    assert {p: (tuple(b), tuple(a)) for p, b, a in told["parameters"]} == {
+        path: (values.shape, small[path].shape) for path, values in whole.items()
+    }
+    order = [path for path, _, _ in told["parameters"]]
+    assert order == ["hidden_0/kernel", "hidden_0/bias", "output/kernel", "output/bias"]
+    (group,) = told["groups"].values()
+    assert group["kind"] == "neuron"
+    assert sorted(group["members"]) == [["hidden_0/bias", 0], ["hidden_0/kernel", 1], ["output/kernel", 0]]
+
+
+def test_parameters_are_read_in_the_order_of_their_use():
+    inner = jax.jit(lambda p, x: x @ p["z"] + p["y"][None])
+
+    def apply(params, state, inputs, *, train, key):
+        x, _ = jax.lax.scan(lambda c, _: (c @ params["b"], None), inner(params, inputs[0]), None, 2)
+        return x @ params["a"], state
+
+    shapes = {name: jax.ShapeDtypeStruct((3, 3), "float32") for name in ("a", "b", "idle", "z")}
+    params = {**shapes, "y": jax.ShapeDtypeStruct((3,), "float32")}
+    network = Network(lambda key: Variables(params, {}), apply)
+    assert reading_order(network, (np.zeros((1, 3), np.float32),)) == ["z", "y", "b", "a", "idle"]
 
 
 def test_fine_tuning_moves_the_compact_network(shared):

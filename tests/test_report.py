@@ -14,7 +14,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
 from prune_jax.recipe import Ref
 from prune_jax.records import _headline
-from prune_jax.report import charts, dag, facts, page, write_report
+from prune_jax.report import charts, dag, facts, network, page, write_report
 from tests import report_runs as runs
 
 WIDTHS = ["hidden_0.out neuron 120 of 300 left", "hidden_1.out neuron 25 of 100 left"]
@@ -239,7 +239,7 @@ def test_a_compact_run_is_told_by_its_smallest_network(made):
 @pytest.mark.parametrize("word", ["compact", "groups"])
 def test_the_terminal_and_the_report_tell_of_the_same_network(made, word):
     record = made[word][1]
-    told = _headline(record["stages"], record["results"])
+    told = _headline(record["stages"], record["results"], record["recipe"])
     shown = page.headline(record)["text"].replace("−", "-")
     assert shown.partition(" at ")[0] == told.partition(" at ")[0]
     assert re.findall(r"accuracy \S+ \(\S+\)", shown) == re.findall(r"accuracy \S+ \(\S+\)", told)
@@ -267,7 +267,7 @@ def test_of_equally_small_rows_the_best_is_told_seeds_taken_together(made):
             results[name + words] = {**result, "accuracy": accuracy + change, "row": row}
     told = page.headline(record)
     assert told["text"] == "2.73 times smaller at accuracy 0.965 (+0.010)"
-    assert told["about"] == "finetune[criterion=taylor], mean of 2 seeds, the smallest of 5"
+    assert told["about"] == "finetune[criterion=taylor], mean of 2 seeds, the smallest of 3"  # random rows are controls
 
 
 def test_compact_networks_lie_where_their_weights_are_gone(made):
@@ -321,6 +321,61 @@ def test_layers_of_compact_networks_have_no_row(made):
     assert page.layers(record).networks == ("prune",)
     del record["results"]["prune"]["layers"]
     assert page.layers(record) is None
+
+
+def test_the_network_is_drawn_with_its_groups(made):
+    html = made["compact"][2]
+    shown = words(Page(html).texts["network"])
+    for told in ("hidden_0 784 × 300→120 · bias", "hidden_1 300→120 × 100→25 · bias", "output 100→25 × 10 · bias"):
+        assert told in shown
+    assert "hidden_0.out neuron 300 → 120" in shown
+    assert "As compact found it and left it" in shown
+    assert html.count('<g class="rail"') == 2
+    for word in ("plain", "groups"):  # no groups; groups of an artifact that tells no members
+        assert "network" not in Page(made[word][2]).texts
+
+
+def test_of_several_compactions_the_one_that_matters_is_drawn_first(made):
+    store, record, _ = made["compact"]
+    record = copy.deepcopy(record)
+    record["stages"] = {"other": record["stages"]["compact"], **record["stages"]}
+    html = page.page(store, record)
+    assert "As compact found it" in words(Page(html).texts["network"])
+    assert "<summary>other</summary>" in html
+
+
+def test_rails_share_lanes_but_no_colour_beside_each_other():
+    layers = network.layers_of([(f"layer_{i}/kernel", [4, 4], [4, 4]) for i in range(9)])
+
+    def group(*rows):
+        return {"dead": 1, "units": 4, "members": [[f"layer_{row}/kernel", 1] for row in rows]}
+
+    told = {"long": group(0, 8), **{f"short_{i}": group(i, i + 1) for i in range(8)}}
+    rails = {rail.name: rail for rail in network.rails_of(told, layers)}
+    assert [rails[f"short_{i}"].lane for i in range(8)] == [0, 2] * 4
+    assert rails["long"].lane == 1
+    for a in rails.values():
+        for b in rails.values():
+            beside = a.rows[0] <= b.rows[-1] + 1 and b.rows[0] <= a.rows[-1] + 1
+            assert a is b or not beside or a.ink != b.ink
+
+
+def test_norms_are_drawn_in_the_layer_before_them():
+    told = [("positions", [1, 9, 4]), ("norm/scale", [4]), ("a/q", [4, 4]), ("a/k", [4, 4]), ("a/bias", [4])]
+    layers = network.layers_of([(path, shape, shape) for path, shape in told])
+    assert [(layer.title, layer.also) for layer in layers] == [("positions", ["norm"]), ("a/q", []), ("a/k", ["bias"])]
+    alone = network.layers_of([("scale", [4], [2]), ("bias", [4], [2])])
+    assert [(layer.title, layer.also) for layer in alone] == [("scale", ["bias"])]
+
+
+def test_a_deep_network_is_drawn_in_part():
+    deep = network.SHOWN_BOXES + 7
+    parameters = [(f"layer_{i}/kernel", [4, 4], [4, 3]) for i in range(deep)]
+    members = [[f"layer_{i}/kernel", 1] for i in range(deep)]
+    drawn, left_out = network.drawing({"g": {"dead": 1, "units": 4, "members": members}}, parameters)
+    assert left_out == 7
+    assert drawn.count('<g class="box"') == network.SHOWN_BOXES
+    assert network.drawing({"g": {"dead": 1, "units": 4}}, parameters) is None
 
 
 def test_widths_are_those_of_the_compaction(made):
@@ -382,6 +437,51 @@ def test_models_of_other_sizes_are_not_compact(made):
             record["results"][name]["params"] //= 2
     assert not facts.has_compact(record)
     assert " % sparse at " in page.headline(record)["text"]
+
+
+def test_controls_stand_beside_the_pruned_network(store):
+    record = runs.controls_run()
+    series = {s.label: s.tests for s in facts.controls_of(record)}
+    dense, small = 784 * 300 + 300 * 100 + 100 * 10, 784 * 150 + 150 * 50 + 50 * 10
+    assert list(series)[:3] == ["dense", "dense, trained longer", "compact, fine-tuned"]  # not what these were made of
+    expected = {
+        "dense": (1, 0.965),
+        "dense, trained longer": (1, 0.969),
+        "compact, fine-tuned": (small / dense, 0.961),
+        "fresh": (small / dense, 0.95),
+        "compact, at random, fine-tuned": (small / dense, 0.94),
+    }
+    assert {label: [p[:2] for p in points] for label, points in series.items()} == {
+        label: [pytest.approx(point)] for label, point in expected.items()
+    }
+    shown = words(Page(page.page(store, record)).texts["controls"])
+    assert "MACs left, % of the dense network's" in shown
+    assert all(label in shown for label in expected)
+    assert "lacks" not in shown
+
+
+def test_no_control_is_told_for_the_pruned_network():
+    record = runs.controls_run()
+    scratch = next(n for n in record["results"] if n.startswith("scratch"))
+    record["results"][scratch]["accuracy"] = 0.99
+    assert "at accuracy 0.961" in page.headline(record)["text"]
+    for result in record["results"].values():
+        result["row"] = {}
+    told = _headline(record["stages"], record["results"], record["recipe"])
+    assert "at accuracy 0.961" in told
+
+
+def test_a_run_without_all_controls_says_which_it_lacks(store):
+    record = runs.controls_run()
+    for name in list(record["results"]):
+        if name.startswith(("longer", "random")):
+            del record["results"][name]
+    shown = words(Page(page.page(store, record)).texts["controls"])
+    assert "lacks units drawn at random and the dense network trained longer." in shown
+    for name in list(record["results"]):
+        if name.startswith("scratch"):
+            del record["results"][name]
+    assert "controls" not in Page(page.page(store, record)).texts
 
 
 def test_histograms_count_every_survivor(made):

@@ -114,6 +114,34 @@ def sparsity_chart(
     return _svg(draw, f"sparsity {width}", f"{metric} against {across} of {names}", width, height)
 
 
+def controls_chart(series: Sequence[Series], metric: str, *, width: int, height: int) -> Markup:
+    """The metric against the share of the dense network's MACs, on a log scale; dense networks as dashed lines."""
+    colours = _colours(series)
+    points = [p for s in series for p in s.tests]
+
+    def draw(figure: Figure) -> None:
+        axes = _axes(figure)
+        for number, s in enumerate(series):
+            x, y, low, high = np.array(s.tests).T
+            style: dict[str, Any] = {"color": colours[s.label], "marker": MARKS[number % len(MARKS)], "ms": 8}
+            if s.label.startswith("dense"):
+                axes.axhline(y.mean(), color=colours[s.label], lw=1, ls=(0, (4, 3)), zorder=1)
+            axes.plot(x, y, lw=1.8, mec=SURFACE, mew=1.2, zorder=3, **style)
+            if (high > low).any():
+                axes.errorbar(x, y, [y - low, high - y], color=colours[s.label], lw=1.4, capsize=3, zorder=2)
+        axes.set_xscale("log")
+        least = min(p.sparsity for p in points)
+        ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if t >= least / 1.5]
+        axes.set_xticks(ticks, [f"{100 * t:g}" for t in ticks])
+        axes.minorticks_off()
+        axes.margins(x=0.08, y=0.12)
+        axes.set_xlabel("MACs left, % of the dense network's")
+        axes.set_ylabel(metric)
+
+    names = ", ".join(s.label for s in series)
+    return _svg(draw, f"controls {width}", f"{metric} against MACs of {names}", width, height)
+
+
 def histogram_chart(layer: Histogram, dense: str | None, networks: Sequence[str]) -> Markup:
     """How the weights of one layer are distributed, counts on a log scale."""
 

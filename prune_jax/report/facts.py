@@ -13,6 +13,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import DamagedArtifactError
 from prune_jax.recipe import Ref
 from prune_jax.report.tables import HIGHER_IS_BETTER, Record, dense_of, primary_metric
+from prune_jax.roles import is_control, lineage, role_of
 from prune_jax.trees import leaves_by_path
 
 SHOWN_NETWORKS = 4  # whose weights and losses are drawn; a matrix may have hundreds
@@ -118,19 +119,6 @@ def _word(value: Any) -> str:
     return "-".join(map(_word, value)) if isinstance(value, list) else str(value)
 
 
-def lineage(record: Record, name: str) -> list[str]:
-    """A stage and those from which it descends."""
-    stages = record.get("stages", {})
-    seen: list[str] = []
-    ahead = [name]
-    while ahead:
-        here = ahead.pop()
-        if here in stages and here not in seen:
-            seen.append(here)
-            ahead += stages[here].get("after", [])
-    return seen
-
-
 def dense_params(record: Record, name: str) -> int | None:
     """How many parameters a network had before anything was cut away: those of its largest evaluated forebear."""
     results = record.get("results", {})
@@ -198,14 +186,19 @@ def widths_of(store: Store, record: Record) -> dict[str, dict[str, Mapping[str, 
         return compact
     kept = {}
     for name, stage in stages.items():
-        if stage["kind"] == "prune":
-            rounds = [r["round"] for r in rounds_of(store, record, name) if r.get("kept", True)]
-            last = f"{name}.{rounds[-1]}.mask" if rounds else name
-        else:
-            last = name if stage["kind"] == "mask" and owner(name, stages) is None else ""
-        if last in groups:
-            kept[name] = groups[last]
+        if stage["kind"] == "prune" or (stage["kind"] == "mask" and owner(name, stages) is None):
+            last = masked_by(store, record, name)
+            if last in groups:
+                kept[name] = groups[last]
     return kept
+
+
+def masked_by(store: Store, record: Record, name: str) -> str:
+    """The stage that tells of a stage's groups: of a pruning the last mask that it kept, else the stage itself."""
+    if record["stages"][name]["kind"] != "prune":
+        return name
+    rounds = [r["round"] for r in rounds_of(store, record, name) if r.get("kept", True)]
+    return f"{name}.{rounds[-1]}.mask" if rounds else name
 
 
 def search_of(store: Store, record: Record) -> dict[str, dict[str, Any]]:
@@ -268,6 +261,32 @@ def series_of(store: Store, record: Record) -> list[Series]:
     return sorted(found.values(), key=lambda s: s.label != "dense")
 
 
+def controls_of(record: Record) -> list[Series]:
+    """The chosen metric against the share of the dense network's MACs, one series for each role; none without controls.
+
+    Controls are what the pruned network must beat: units drawn by lot, a fresh network of the same widths, the dense
+    one trained as long. Networks that others were made of stand for these others alone. Over seeds the points are
+    means with their range.
+    """
+    metric, results = primary_metric(record), record.get("results", {})
+    roles = {name: role_of(record, name) for name in results}
+    if not any(map(is_control, roles.values())):
+        return []
+    used = {n for name in results for n in lineage(record, name)[1:]}
+    found: dict[str, dict[Any, list[tuple[float, float]]]] = {}
+    for name, result in results.items():
+        dense = dense_of(record, name)
+        if metric not in result or not dense or (name in used and roles[name] != "dense"):
+            continue
+        row = words_of(result.get("row") or {})
+        told = [f"{k}={_word(v)}" for k, v in row.items() if k not in {"sparsity", "seed", "criterion"}]
+        share = result["effective_macs"] / max(1, results[dense]["macs"])
+        label = ", ".join([roles[name] or base_name(name), *told])
+        found.setdefault(label, {}).setdefault(row.get("sparsity"), []).append((share, result[metric]))
+    series = [Series(label, tests=sorted(map(_mean, places.values()))) for label, places in found.items()]
+    return sorted(series, key=lambda s: (not s.label.startswith("dense"), "at random" in s.label or "fresh" in s.label))
+
+
 def _climb(store: Store, record: Record, name: str, metric: str) -> list[tuple[Any, float, float, bool]]:
     """(which step, sparsity, metric, kept) of the network that a prune stage took and of each of its rounds."""
     stages = record["stages"]
@@ -307,7 +326,7 @@ def _mean(pairs: list[tuple[float, float]]) -> Point:
 
 
 def best_of(record: Record) -> dict[str, Any] | None:
-    """The smallest pruned networks, seeds taken together: `smaller` times smaller than the dense one.
+    """The smallest pruned networks, seeds taken together: `smaller` times smaller than the dense one; no controls.
 
     Few parameters come first, then few that are not zero; of equals the best by the metric. Where no network has fewer
     parameters than the dense one, the sparsest.
@@ -315,10 +334,10 @@ def best_of(record: Record) -> dict[str, Any] | None:
     metric = primary_metric(record)
     results = record.get("results", {})
     groups: dict[tuple[str, str], list[str]] = {}
-    for name, result in results.items():
-        if result.get("kind") != "train" and metric in result:
-            row = {k: v for k, v in words_of(result.get("row") or {}).items() if k != "seed"}
-            groups.setdefault((base_name(name), str(row)), []).append(name)
+    pruned = [n for n, r in results.items() if r.get("kind") != "train" and metric in r]
+    for name in [n for n in pruned if not is_control(role_of(record, n))] or pruned:
+        row = {k: v for k, v in words_of(results[name].get("row") or {}).items() if k != "seed"}
+        groups.setdefault((base_name(name), str(row)), []).append(name)
     found: list[dict[str, Any]] = []
     extent, bases = extents(record), list(dict.fromkeys(base for base, _ in groups))
     for (base, _), names in groups.items():

@@ -13,8 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from prune_jax.checkpoints import Store
-from prune_jax.report import charts, dag, facts, tables
+from prune_jax.report import charts, dag, facts, network, tables
 from prune_jax.report.tables import Record
+from prune_jax.roles import LONGER, lineage
 
 FILES = resources.files("prune_jax.report")
 SHOWN_GROUPS = 24
@@ -28,6 +29,7 @@ def page(store: Store, record: Record) -> str:
         "duration": dag.duration,
         "count": "{:,}".format,
         "breakable": breakable,
+        "short": tables.short,
     }
     template = environment.from_string((FILES / "page.html").read_text("utf-8"))
     record = {"recipe": {}, "stages": {}, "results": {}, **record}
@@ -42,7 +44,9 @@ def page(store: Store, record: Record) -> str:
         results=tables.results_table(record),
         notes=sorted({n for r in record["results"].values() for n in r.get("notes", [])}),
         sparsity=_sparsity(store, record),
+        controls=_controls(record),
         layers=layers(record),
+        drawn=drawings(store, record),
         widths=widths(store, record),
         weights=_weights(arrays, record, networks),
         losses=_losses(arrays, record, networks),
@@ -148,6 +152,19 @@ def layers(record: Record) -> Bars | None:
     return Bars(tuple(pruned), rows)
 
 
+def drawings(store: Store, record: Record) -> list[tuple[str, Markup, int]]:
+    """(stage, drawing, layers left out) of networks with groups: first the one from which the best network descends."""
+    stages = facts.widths_of(store, record)
+    best = facts.best_of(record)
+    first = {a for name in best["names"][:1] for a in lineage(record, name)} if best else set()
+    found = []
+    for name in sorted(stages, key=lambda n: n not in first):
+        parameters = record["stages"][facts.masked_by(store, record, name)]["metrics"].get("parameters", ())
+        if drawn := network.drawing(stages[name], parameters):
+            found.append((name, *drawn))
+    return found[: facts.SHOWN_NETWORKS]
+
+
 def widths(store: Store, record: Record) -> Bars | None:
     """How many units of each group are left; of many groups, those that lost the largest share."""
     stages = facts.widths_of(store, record)
@@ -161,7 +178,7 @@ def widths(store: Store, record: Record) -> Bars | None:
     rows = {
         name.removeprefix("params/"): (
             kinds[name],
-            {stage: _width(**groups[name]) for stage, groups in stages.items() if name in groups},
+            {stage: _width(groups[name]) for stage, groups in stages.items() if name in groups},
         )
         for name in lost
         if name in most
@@ -169,7 +186,8 @@ def widths(store: Store, record: Record) -> Bars | None:
     return Bars(tuple(stages), rows, len(lost) - len(rows)) if rows else None
 
 
-def _width(dead: int, units: int, kind: str = "") -> Share:
+def _width(group: Mapping[str, Any]) -> Share:
+    dead, units = group["dead"], group["units"]
     return Share(1 - dead / units, f"{units - dead:,} of {units:,}", "left")
 
 
@@ -201,6 +219,28 @@ def _sparsity(store: Store, record: Record) -> dict[str, Any] | None:
     }
 
 
+def _controls(record: Record) -> dict[str, Any] | None:
+    series = facts.controls_of(record)
+    if not series:
+        return None
+    metric = tables.primary_metric(record)
+    return {
+        "wide": charts.controls_chart(series, metric, width=960, height=340),
+        "narrow": charts.controls_chart(series, metric, width=340, height=260),
+        "legend": charts.series_colours(series),
+        "lacking": [
+            told
+            for told, there in (
+                ("units drawn at random", any("at random" in s.label for s in series)),
+                ("a fresh network of the same widths", any(s.label.startswith("fresh") for s in series)),
+                ("the dense network trained longer", any(s.label.startswith(LONGER) for s in series)),
+            )
+            if not there
+        ],
+        "seeds": any(p.high > p.low for s in series for p in s.tests),
+    }
+
+
 def _floor(record: Record, metric: str) -> float | None:
     """The limit that the guards set, if all prune stages have the same one."""
     limits = set()
@@ -222,7 +262,7 @@ def _floor(record: Record, metric: str) -> float | None:
 
 def _ancestors(record: Record, name: str) -> list[str]:
     """The trainings from which a stage descends."""
-    return [n for n in facts.lineage(record, name) if record["stages"][n]["kind"] == "train"]
+    return [n for n in lineage(record, name) if record["stages"][n]["kind"] == "train"]
 
 
 def _stage_of(record: Record, name: str) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import compress
 from textwrap import wrap
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from prune_jax.roles import role_of
 
 Record = Mapping[str, Any]
 
@@ -39,6 +42,7 @@ class Results(NamedTuple):
     """One column of cells for each network."""
 
     networks: tuple[str, ...]
+    roles: tuple[str, ...]  # what each network is to the question: dense, masked, compact, a control
     dense: tuple[bool, ...]
     quantities: tuple[str, ...]  # what each cell of a column is
     vital: tuple[bool, ...]  # which quantities are shown where there is little room
@@ -53,6 +57,11 @@ class Results(NamedTuple):
     def many(self) -> bool:
         """Whether each network is better given a row."""
         return len(self.networks) > MANY
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The quantities as rows of many columns have them: the vital ones first."""
+        return tuple(sorted(range(len(self.quantities)), key=lambda i: not self.vital[i]))
 
 
 def metrics_of(result: Mapping[str, Any]) -> list[str]:
@@ -83,6 +92,19 @@ def dense_of(record: Record, network: str) -> str | None:
     return next((n for n, r in results.items() if r.get("kind") == "train"), None)
 
 
+def short(name: str) -> str:
+    """The name of a matrix's row with the last words of its axes, where they tell them apart.
+
+    >>> short("random[by-chance.target.sparsity=0.5,seed=1]"), short("prune[a.x=1,b.x=2]")
+    ('random[sparsity=0.5,seed=1]', 'prune[a.x=1,b.x=2]')
+    """
+    axes = re.findall(r"[\[,]([\w.-]+)=", name)
+    words = [axis.rpartition(".")[2] for axis in axes]
+    if len(set(words)) < len(words):
+        return name
+    return re.sub(r"([\[,])[\w.-]+\.(\w+)=", r"\1\2=", name)
+
+
 def results_table(record: Record) -> Results:
     """Metric, loss, sizes and latency of every evaluated network, each with its ratio to the dense one.
 
@@ -101,9 +123,13 @@ def results_table(record: Record) -> Results:
         base = {**results[reference], **_beside(result)} if reference not in (None, name) else {}
         columns.append(tuple(Cell(shown(p, _at(result, p)), versus(p, _at(result, p), _at(base, p))) for p in paths))
         dense.append(reference == name)
-    most = {(q,) for q in (*metrics, "nonzero", "sparsity")} | {("latency_ms", b, "p50") for b in batches[:1]}
+    roles = tuple(role_of(record, name) for name in results)
+    cut = any(role.startswith(("compact", "fresh")) for role in roles)
+    counts = ("params", "macs", "bytes") if cut else ("nonzero", "sparsity")
+    most: set[tuple[str, ...]] = {(q,) for q in (*metrics, *counts)} | {("latency_ms", b, "p50") for b in batches[:1]}
+    most |= {("peak_bytes", b) for b in batches[-1:]} if cut else set()
     vital = tuple(p in most for p in paths)
-    return Results(tuple(results), tuple(dense), tuple(_title(p) for p in paths), vital, tuple(columns))
+    return Results(tuple(results), roles, tuple(dense), tuple(_title(p) for p in paths), vital, tuple(columns))
 
 
 def _beside(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,18 +144,19 @@ def results_rich(record: Record) -> Table:
     table = Table(title=Text(str(record.get("name", ""))), title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
     if not results.many:
         table.add_column("")
-        for name in results.networks:
-            table.add_column(Text(name), justify="right")
+        for name, role in zip(results.networks, results.roles, strict=True):
+            table.add_column(_named(short(name), role), justify="right")
         for i, quantity in enumerate(results.quantities):
             cells = [_rich_cell(column[i], " ") for column in results.columns]
             table.add_row(Text(quantity), *cells)
         return table
-    table.add_column("network")
+    table.padding = (0, 1, 0, 0)
+    table.add_column("network", overflow="fold")
     for quantity in compress(results.quantities, results.vital):
-        table.add_column(Text("\n".join(wrap(quantity, 12))), justify="right", no_wrap=True)
-    for name, column in zip(results.networks, results.columns, strict=True):
-        spaced = Text(name.replace(",", ", "))  # so that it breaks between the axes of a matrix
-        table.add_row(spaced, *(_rich_cell(cell, "\n") for cell in compress(column, results.vital)))
+        table.add_column(Text("\n".join(wrap(quantity, 9, break_long_words=False))), justify="right", no_wrap=True)
+    for name, role, column in zip(results.networks, results.roles, results.columns, strict=True):
+        spaced = short(name).replace(",", ", ").replace("[", " [")  # so that it breaks between the axes of a matrix
+        table.add_row(_named(spaced, role), *(_rich_cell(cell, "\n") for cell in compress(column, results.vital)))
     return table
 
 
@@ -139,11 +166,12 @@ def results_markdown(record: Record) -> str:
     if not results.networks:
         return "No network was evaluated.\n"
     if results.many:
-        header: list[str] = ["network", *results.quantities]
-        rows = [[n, *map(_text, c)] for n, c in zip(results.networks, results.columns, strict=True)]
+        header: list[str] = ["network", "", *results.quantities]
+        rows = [[short(n), r, *map(_text, c)] for n, r, c in zip(*results[:2], results.columns, strict=True)]
     else:
-        header = ["", *results.networks]
-        rows = [[q, *(_text(c[i]) for c in results.columns)] for i, q in enumerate(results.quantities)]
+        header = ["", *map(short, results.networks)]
+        rows = [["", *results.roles]] if any(results.roles) else []
+        rows += [[q, *(_text(c[i]) for c in results.columns)] for i, q in enumerate(results.quantities)]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(_plain(cell) for cell in line)} |\n" for line in lines)
 
@@ -228,6 +256,11 @@ def _title(path: tuple[str, ...]) -> str:
 
 def _text(cell: Cell) -> str:
     return f"{cell.text} ({cell.versus})" if cell.versus else cell.text
+
+
+def _named(name: str, role: str) -> Text:
+    """A network's name over its role, unless they are one word."""
+    return Text.assemble(name, (f"\n{role}", "not bold dim")) if role and role != name else Text(name)
 
 
 def _rich_cell(cell: Cell, between: str) -> Text:

@@ -1,10 +1,15 @@
-"""Dependency analysis by size of the network; compact networks against dense ones and fresh ones of their widths."""
+"""Dependency analysis by size of the network; compact networks against dense ones and fresh ones of their widths.
+
+Beside it Torch-Pruning's dependency graph of the same network, where `torch` and `torch_pruning` are installed.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +19,12 @@ from flax import linen as nn
 
 import prune_jax as pj
 from prune_jax.models import Network, build
+from tests.benchmarks import torch_pruning_vit
 from tests.benchmarks.rounds import Figure, figure, in_turns, ratio
 
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 SERIES = jax.ShapeDtypeStruct((1, 64, 32), jnp.float32)
+DEPTHS = (3, 6, 12, 24, 48, 96)  # layers; ViT-B has 12
 TRANSFORMER = {"dim": 192, "heads": 6, "layers": 4}
 
 # Name -> the network, its inputs, the one of half its widths, and the kinds of groups that are halved.
@@ -102,14 +109,58 @@ def _halved(name: str, batch: int, rounds: int) -> dict[str, Figure]:
     }
 
 
+def _of_depth(layers: int) -> str:
+    return "analysis of ViT-B (87 M parameters)" if layers == 12 else f"analysis of a ViT-B of {layers} layers"
+
+
+def _beside(ours: Figure) -> dict[str, Figure]:
+    """Torch-Pruning's time for the same network, and ours in units of it."""
+    title = "Torch-Pruning: groups of ViT-B"
+    seconds = torch_pruning_vit.seconds(repeats=3)
+    if not seconds:
+        return {title: Figure(math.nan, math.nan, math.nan, "not installed")}
+    theirs = figure(seconds, "s")
+    spread = Figure(ours.value / theirs.value, ours.low / theirs.high, ours.high / theirs.low)
+    return {title: theirs, "groups of ViT-B: prune_jax / Torch-Pruning": spread}
+
+
 def measure(rounds: int = 41) -> dict[str, Figure]:
-    found = {
-        "analysis of ViT-B (87 M parameters)": _analysis(Vit()),
-        "analysis of twice its layers": _analysis(Vit(layers=24)),
-        "analysis of four times its layers": _analysis(Vit(layers=48)),
-        "analysis of a ViT of 1.0 G parameters": _analysis(Vit(dim=2048, heads=16, layers=20)),
-    }
+    found = {_of_depth(layers): _analysis(Vit(layers=layers)) for layers in DEPTHS}
+    few, many = found[_of_depth(12)], found[_of_depth(96)]
+    found["analysis, seconds of a layer: 96 layers / 12 layers"] = Figure(
+        many.value / few.value / 8, many.low / few.high / 8, many.high / few.low / 8
+    )
+    found["analysis of a ViT of 1.0 G parameters"] = _analysis(Vit(dim=2048, heads=16, layers=20))
+    found |= _beside(few)
     for name in HALVED:
         for batch in (1, 64):
             found |= _halved(name, batch, rounds if batch == 1 else rounds // 3)
     return found
+
+
+def plot(found: Mapping[str, Figure], folder: Path) -> Path:
+    """Draws the analysis' seconds against depth, with the line through the origin that fits best."""
+    from matplotlib.figure import Figure as Drawing
+
+    times = [found[_of_depth(layers)] for layers in DEPTHS]
+    layers, seconds = np.array(DEPTHS), np.array([it.value for it in times])
+    slope = float(layers @ seconds / (layers @ layers))
+    drawing = Drawing(figsize=(6, 3.4), layout="constrained")
+    axes = drawing.add_subplot()
+    axes.plot([0, DEPTHS[-1]], [0, slope * DEPTHS[-1]], color="0.7", lw=1, label=f"{1000 * slope:.0f} ms a layer")
+    low, high = ([abs(it.value - end) for it, end in zip(times, ends, strict=True)] for ends in _ends(times))
+    axes.errorbar(layers, seconds, [low, high], fmt="o", ms=5, color="#0b67b2", capsize=3, label="median and quartiles")
+    axes.set_xticks(DEPTHS[2:])
+    axes.set_xlabel("layers of a ViT of ViT-B's width")
+    axes.set_ylabel("seconds from function to groups")
+    axes.set_xlim(0)
+    axes.set_ylim(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = folder / "analysis_time.png"
+    drawing.savefig(path, dpi=120, metadata={"Software": None})
+    return path
+
+
+def _ends(times: list[Figure]) -> tuple[list[float], list[float]]:
+    return [it.low for it in times], [it.high for it in times]

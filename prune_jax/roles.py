@@ -1,0 +1,58 @@
+"""What each network of a run is beside the others, by the stages that it went through: dense, pruned, a control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LONGER = "dense, trained longer"
+
+
+def lineage(record: Mapping[str, Any], name: str) -> list[str]:
+    """A stage and those from which it descends, nearest first."""
+    stages = record.get("stages", {})
+    seen: list[str] = []
+    ahead = [name]
+    while ahead:
+        here = ahead.pop(0)
+        if here in stages and here not in seen:
+            seen.append(here)
+            ahead += stages[here].get("after", [])
+    return seen
+
+
+def role_of(record: Mapping[str, Any], name: str) -> str:
+    """What a network is beside the others, by the stages that it went through.
+
+    `dense`; `masked` or `compact`, at random where units were drawn by lot, and fine-tuned; `fresh`, a compact network
+    trained from its initialisation, which tells what its widths alone are worth; `dense, trained longer`.
+    """
+    stages = record.get("stages", {})
+    told = record.get("results", {}).get(name, {}).get("kind", "")
+    kinds = {n: stages[n]["kind"] for n in lineage(record, name)} or {name: told}
+    line = list(kinds)
+    cut = next((i for i, n in enumerate(line) if kinds[n] == "compact"), None)
+    masked = next((i for i, n in enumerate(line) if kinds[n] in {"prune", "mask"}), None)
+    if cut is None and masked is None:
+        if "train" not in kinds.values():
+            return ""
+        return LONGER if "finetune" in kinds.values() else "dense"
+    tuned = [n for n in line[: masked if cut is None else cut] if kinds[n] == "finetune"]
+    if cut is not None and tuned and _setting(record, tuned[0], "rewind") not in (None, "none"):
+        return "fresh"
+    words = ["masked" if cut is None else "compact"]
+    words += ["at random"] if any(_setting(record, n, "criterion") == "random" for n in line) else []
+    return ", ".join([*words, *(["fine-tuned"] if tuned else [])])
+
+
+def is_control(role: str) -> bool:
+    """Whether a network is there to be beaten by the pruned one."""
+    return role in {"fresh", LONGER} or "at random" in role
+
+
+def _setting(record: Mapping[str, Any], name: str, word: str) -> Any:
+    """What a stage's recipe says, with the value of its row; of a criterion its name."""
+    stage = record.get("recipe", {}).get("stages", {}).get(name.partition("[")[0], {})
+    row = record.get("stages", {}).get(name, {}).get("row") or {}
+    found = next((v for axis, v in row.items() if axis.rpartition(".")[2] == word), stage.get(word))
+    return found.get("name") if isinstance(found, Mapping) and "name" in found else found
