@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import gelu, relu, sigmoid, silu, softmax
 
 from prune_jax.trees import map_by_path
@@ -1834,3 +1835,670 @@ def noise_is_summed(make, n):
         return (h - h.mean(-1, keepdims=True)) @ p["o"], h.max(-1)
 
     return apply, {"a": make(5, 6), "o": make(6, 2)}, (make(n, 5), jax.random.key(2))
+
+
+# Models of recent years, and what they were pruned wrongly for
+
+
+@network({"e:1 h:0 k:0 o:1 q:0 v:0": 6, "k:1 o:0 q:1 v:1": 2, "k:1 q:1": 4, "o:0 v:1": 4}, other=None)
+def kv_cache_decoder(make, n):
+    """Both caches are the same zeros."""
+
+    def apply(p, x):
+        def step(carry, i):
+            ck, cv = carry
+            h = lax.dynamic_index_in_dim(x, i, 1, keepdims=True) @ p["e"]
+            q, k, v = (heads(h @ p[s], 2) for s in "qkv")
+            ck = lax.dynamic_update_slice(ck, k, (0, i, 0, 0))
+            cv = lax.dynamic_update_slice(cv, v, (0, i, 0, 0))
+            s = jnp.einsum("bqhd,bkhd->bhqk", q, ck) / 2.0
+            s = jnp.where((jnp.arange(5) <= i)[None, None, None], s, -1e9)
+            y = jnp.einsum("bhqk,bkhd->bqhd", softmax(s), cv).reshape(x.shape[0], 1, 8)
+            h = h + y @ p["o"]
+            return ((ck, cv), (h @ p["h"])[:, 0])
+
+        z = jnp.zeros((x.shape[0], 5, 2, 4))
+        return lax.scan(step, (z, z), jnp.arange(5))[1]
+
+    params = {"e": make(3, 6), "q": make(6, 8), "k": make(6, 8), "v": make(6, 8), "o": make(8, 6), "h": make(6, 3)}
+    return apply, params, (make(n, 5, 3),)
+
+
+@network({"k:1 o:0 q:1 v:1": 3, "k:1 q:1": 2, "o:0 v:1": 4})
+def rope_by_complex_numbers(make, n):
+    def rot(x):
+        xc = lax.complex(x[..., ::2], x[..., 1::2])
+        f = jnp.exp(1j * _angles(x.shape[1], 2).astype(jnp.complex64))[None, :, None]
+        y = xc * f
+        return jnp.stack([y.real, y.imag], -1).reshape(x.shape)
+
+    def apply(p, x):
+        q, k, v = (heads(x @ p[s], 3) for s in "qkv")
+        return attend(rot(q), rot(k), v).reshape(*x.shape[:2], 12) @ p["o"]
+
+    return apply, {"q": make(4, 12), "k": make(4, 12), "v": make(4, 12), "o": make(12, 3)}, (make(n, 5, 4),)
+
+
+@network({"k:1 q:1 t1:0": 3, "k:2 q:2": 5, "o:0 t2:1 v:1": 2, "o:1 v:2": 3, "t1:1 t2:0": 4})
+def talking_heads(make, n):
+    def apply(p, x):
+        q, k, v = (jnp.einsum("bld,dhk->blhk", x, p[s]) for s in "qkv")
+        s = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+        s = jnp.einsum("bhqk,hg->bgqk", s, p["t1"])
+        w = jnp.einsum("bgqk,gf->bfqk", softmax(s), p["t2"])
+        return jnp.einsum("blhk,hkd->bld", jnp.einsum("bhqk,bkhd->bqhd", w, v), p["o"])
+
+    params = {
+        "q": make(7, 3, 5),
+        "k": make(7, 3, 5),
+        "t1": make(3, 4),
+        "t2": make(4, 2),
+        "v": make(7, 2, 3),
+        "o": make(2, 3, 2),
+    }
+    return apply, params, (make(n, 6, 7),)
+
+
+@network({"d:0 u:0": 4, "d:1 u:2": 5, "d:2 e:1 o:0 r:0 u:1": 6})
+def moe_top2_dense_dispatch(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        probs = softmax(h @ p["r"])
+        top, idx = lax.top_k(probs, 2)
+        gate = (jax.nn.one_hot(idx, 4) * (top / top.sum(-1, keepdims=True))[..., None]).sum(-2)
+        y = jnp.einsum("bef,efd->bed", gelu(jnp.einsum("bd,edf->bef", h, p["u"])), p["d"])
+        return (h + jnp.einsum("be,bed->bd", gate, y)) @ p["o"]
+
+    params = {"e": make(3, 6), "r": make(6, 4), "u": make(4, 6, 5), "d": make(4, 5, 6), "o": make(6, 2)}
+    return apply, params, (make(n, 3),)
+
+
+@network({"d:0 phi:1 u:0": 3, "d:1 u:2": 5, "d:2 e:1 o:0 phi:0 u:1": 6})
+def soft_moe(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        logits = jnp.einsum("bld,des->bles", h, p["phi"])
+        disp = softmax(logits, axis=1)
+        comb = softmax(logits.reshape(*h.shape[:2], 6), axis=-1).reshape(logits.shape)
+        s = jnp.einsum("bld,bles->besd", h, disp)
+        y = jnp.einsum("besf,efd->besd", relu(jnp.einsum("besd,edf->besf", s, p["u"])), p["d"])
+        return (h + jnp.einsum("besd,bles->bld", y, comb)) @ p["o"]
+
+    params = {"e": make(3, 6), "phi": make(6, 3, 2), "u": make(3, 6, 5), "d": make(3, 5, 6), "o": make(6, 2)}
+    return apply, params, (make(n, 4, 3),)
+
+
+@network({"A:0 D:0 cb:0 conv:2 dt:1 dtb:0 in:1 out:0 xp:0": 6, "A:1 xp:1": 3, "dt:0 xp:1": 2})
+def mamba(make, n):
+    def apply(p, x):
+        u, z = jnp.split(x @ p["in"], 2, -1)
+        u = silu(conv(u, p["conv"], groups=6, padding=((3, 0),)) + p["cb"][None, None])
+        d, B, C = jnp.split(u @ p["xp"], [2, 5], -1)
+        d = jax.nn.softplus(d @ p["dt"] + p["dtb"][None, None])
+        A = -jnp.exp(p["A"])
+        dA = jnp.exp(d[..., None] * A[None, None])
+        dBu = d[..., None] * B[:, :, None] * u[..., None]
+
+        def step(h, s):
+            a, b, c = s
+            h = a * h + b
+            return (h, jnp.einsum("bdn,bn->bd", h, c))
+
+        _, ys = lax.scan(step, jnp.zeros((x.shape[0], 6, 3)), tuple(jnp.moveaxis(t, 1, 0) for t in (dA, dBu, C)))
+        y = jnp.moveaxis(ys, 0, 1) + u * p["D"][None, None]
+        return y * silu(z) @ p["out"]
+
+    params = {
+        "in": make(4, 12),
+        "conv": make(4, 1, 6),
+        "cb": make(6),
+        "xp": make(6, 8),
+        "dt": make(2, 6),
+        "dtb": make(6),
+        "A": make(6, 3),
+        "D": make(6),
+        "out": make(6, 3),
+    }
+    return apply, params, (make(n, 5, 4),)
+
+
+@network({"B:0 Bi:0 C:1 Ci:1 L:0 Li:0": 5, "C:0 Ci:0 D:0 o:0": 6})
+def s5_with_complex_state(make, n):
+    def apply(p, x):
+        lam = lax.complex(-jnp.exp(p["L"]), p["Li"])
+        B, C = (lax.complex(p["B"], p["Bi"]), lax.complex(p["C"], p["Ci"]))
+        Bu = jnp.einsum("pd,bld->blp", B, x.astype(jnp.complex64))
+        A = jnp.broadcast_to(jnp.exp(lam * 0.1)[None, None], Bu.shape)
+
+        def op(l, r):
+            return (l[0] * r[0], r[0] * l[1] + r[1])
+
+        xs = lax.associative_scan(op, (A, Bu), axis=1)[1]
+        y = jnp.einsum("hp,blp->blh", C, xs).real
+        return gelu(y * p["D"][None, None]) @ p["o"]
+
+    params = {
+        "L": make(5),
+        "Li": make(5),
+        "B": make(5, 4),
+        "Bi": make(5, 4),
+        "C": make(6, 5),
+        "Ci": make(6, 5),
+        "D": make(6),
+        "o": make(6, 2),
+    }
+    return apply, params, (make(n, 6, 4),)
+
+
+@network({"e:1 h:0 k:0 mk:0 mr:0 mv:0 o:1 r:0 v:0": 6, "k:1 o:0 r:1 u:0 v:1 w:0": 5})
+def rwkv_time_mixing(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        prev = jnp.pad(h, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+        def mix(m):
+            return h * p[m][None, None] + prev * (1 - p[m])[None, None]
+
+        k, v, r = (mix("mk") @ p["k"], mix("mv") @ p["v"], sigmoid(mix("mr") @ p["r"]))
+        w, u = (-jnp.exp(p["w"])[None], p["u"][None])
+
+        def step(c, kv):
+            a, b, m = c
+            k, v = kv
+            mm = jnp.maximum(m, u + k)
+            e1, e2 = (jnp.exp(m - mm), jnp.exp(u + k - mm))
+            out = (e1 * a + e2 * v) / (e1 * b + e2)
+            m2 = jnp.maximum(w + m, k)
+            e1, e2 = (jnp.exp(w + m - m2), jnp.exp(k - m2))
+            return ((e1 * a + e2 * v, e1 * b + e2, m2), out)
+
+        z = jnp.zeros((x.shape[0], 5))
+        _, y = lax.scan(step, (z, z, z - 1e38), (k.swapaxes(0, 1), v.swapaxes(0, 1)))
+        return (h + r * y.swapaxes(0, 1) @ p["o"]) @ p["h"]
+
+    ps = {"e": make(3, 6), "o": make(5, 6), "h": make(6, 2), "w": make(5), "u": make(5)}
+    ps |= {"m" + s: make(6) for s in "kvr"} | {s: make(6, 5) for s in "kvr"}
+    return apply, ps, (make(n, 4, 3),)
+
+
+@network({"f:0 g:1 o:0 v:1": 6}, other=None)
+def hyena_fft(make, n):
+    def apply(p, x):
+        L = x.shape[1]
+        v, g = (x @ p["v"], x @ p["g"])
+        y = jnp.fft.irfft(
+            jnp.fft.rfft(v, n=2 * L, axis=1) * jnp.fft.rfft(p["f"], n=2 * L, axis=1).T[None], n=2 * L, axis=1
+        )[:, :L]
+        return y * g @ p["o"]
+
+    return apply, {"v": make(4, 6), "g": make(4, 6), "f": make(6, 5), "o": make(6, 2)}, (make(n, 5, 4),)
+
+
+@network({"e:1 w:0 wi:0 wr:0": 4, "o:0 w:1 wi:1 wr:1": 5}, other=None)
+def fno(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        f = jnp.fft.rfft(h, axis=1)[:, :3]
+        W = p["wr"] + 1j * p["wi"]
+        y = jnp.einsum("bkc,cdk->bkd", f, W)
+        y = jnp.fft.irfft(jnp.pad(y, ((0, 0), (0, 2), (0, 0))), n=8, axis=1)
+        return gelu(y + h @ p["w"]) @ p["o"]
+
+    params = {"e": make(3, 4), "wr": make(4, 5, 3), "wi": make(4, 5, 3), "w": make(4, 5), "o": make(5, 2)}
+    return apply, params, (make(n, 8, 3),)
+
+
+@network({"ada:0 e:1": 6, "ada:1 d:1 o:0 p:1 u:0": 5, "d:0 u:1": 7, "e:0": 4}, other=None)
+def dit_adaln_zero(make, n):
+    def ln(x):
+        m = x.mean(-1, keepdims=True)
+        return (x - m) * lax.rsqrt(((x - m) ** 2).mean(-1, keepdims=True) + 1e-6)
+
+    def apply(p, x, t):
+        ang = t[:, None] * jnp.exp(-jnp.arange(4) / 4.0)[None]
+        c = silu(jnp.concatenate([jnp.sin(ang), jnp.cos(ang)], -1) @ p["e"])
+        s, b, g = jnp.split(c @ p["ada"], 3, -1)
+        h = x @ p["p"]
+        y = ln(h) * (1 + s[:, None]) + b[:, None]
+        return (h + g[:, None] * (gelu(y @ p["u"]) @ p["d"])) @ p["o"]
+
+    params = {"e": make(8, 6), "ada": make(6, 15), "p": make(3, 5), "u": make(5, 7), "d": make(7, 5), "o": make(5, 2)}
+    return apply, params, (make(n, 4, 3), make(n))
+
+
+@network({"e:1 k:0 v:0": 6, "h:0 lat:1 o:1 q:0": 5, "k:1 q:1": 3, "o:0 v:1": 8})
+def perceiver(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        lat = jnp.broadcast_to(p["lat"][None], (x.shape[0], 4, 5))
+        w = softmax(lat @ p["q"] @ (h @ p["k"]).swapaxes(1, 2))
+        lat = lat + w @ (h @ p["v"]) @ p["o"]
+        return lat.mean(1) @ p["h"]
+
+    params = {
+        "lat": make(4, 5),
+        "e": make(3, 6),
+        "q": make(5, 3),
+        "k": make(6, 3),
+        "v": make(6, 8),
+        "o": make(8, 5),
+        "h": make(5, 2),
+    }
+    return apply, params, (make(n, 7, 3),)
+
+
+@network({"o:0 wh:1 wz:1": 5})
+def min_gru(make, n):
+    def apply(p, x):
+        k, t = (x @ p["wz"], x @ p["wh"])
+        lc, lz = (-jax.nn.softplus(k), -jax.nn.softplus(-k))
+
+        def g(x):
+            return jnp.where(x >= 0, jnp.log(relu(x) + 0.5), -jax.nn.softplus(-x))
+
+        a = jnp.cumsum(lc, 1)
+        hs = a + lax.cumlogsumexp(lz + g(t) - a, axis=1)
+        return jnp.exp(hs) @ p["o"]
+
+    return apply, {"wz": make(4, 5), "wh": make(4, 5), "o": make(5, 2)}, (make(n, 6, 4),)
+
+
+@network({"b:0 o:0 w:2 w:3": 4})
+def conv_lstm(make, n):
+    def apply(p, x):
+        def step(c, x):
+            h, c = c
+            i, f, g, o = jnp.split(conv(jnp.concatenate([x, h], -1), p["w"]) + p["b"][None, None, None], 4, -1)
+            c = sigmoid(f + 1) * c + sigmoid(i) * jnp.tanh(g)
+            h = sigmoid(o) * jnp.tanh(c)
+            return ((h, c), None)
+
+        z = jnp.zeros((*x.shape[:1], *x.shape[2:4], 4))
+        (h, _), _ = lax.scan(step, (z, z), jnp.moveaxis(x, 1, 0))
+        return h.mean((1, 2)) @ p["o"]
+
+    return apply, {"w": make(3, 3, 6, 16), "b": make(16), "o": make(4, 2)}, (make(n, 3, 4, 4, 2),)
+
+
+@network({"kva:1 kvb:0": 3, "kvb:1 o:0 qb:1": 2, "kvb:1 qb:1": 4, "kvb:1 o:0": 3, "qa:1 qb:0": 4})
+def multi_head_latent_attention(make, n):
+    """DeepSeek's MLA: low-rank kv, decoupled rope key shared over heads"""
+
+    def rope(x):
+        a, b = jnp.split(x, 2, -1)
+        ang = _angles(x.shape[1], 1)[None, :, None]
+        return jnp.concatenate([a * jnp.cos(ang) - b * jnp.sin(ang), a * jnp.sin(ang) + b * jnp.cos(ang)], -1)
+
+    def apply(p, x):
+        q = heads(x @ p["qa"] @ p["qb"], 2)
+        qn, qr = (q[..., :4], rope(q[..., 4:]))
+        kv = x @ p["kva"]
+        c, kr = (kv[..., :3], rope(kv[..., None, 3:]))
+        kvb = heads(c @ p["kvb"], 2)
+        kn, v = (kvb[..., :4], kvb[..., 4:])
+        k = jnp.concatenate([kn, jnp.broadcast_to(kr, (*kn.shape[:3], 2))], -1)
+        return attend(jnp.concatenate([qn, qr], -1), k, v).reshape(*x.shape[:2], -1) @ p["o"]
+
+    params = {"qa": make(7, 4), "qb": make(4, 12), "kva": make(7, 5), "kvb": make(3, 14), "o": make(6, 2)}
+    return apply, params, (make(n, 5, 7),)
+
+
+@network({"k:1 o:0 q:1 v:1": 2, "k:1 q:1": 4, "o:0 v:1": 3})
+def attention_block_by_block(make, n):
+    """flash attention by hand: a scan over blocks of keys with running max"""
+
+    def apply(p, x):
+        q, k, v = (heads(x @ p[s], 2) for s in "qkv")
+        kb, vb = (t.reshape(t.shape[0], 2, 3, 2, -1).swapaxes(0, 1) for t in (k, v))
+
+        def step(c, kv):
+            m, l, acc = c
+            k, v = kv
+            s = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+            m2 = jnp.maximum(m, s.max(-1))
+            pr = jnp.exp(s - m2[..., None])
+            a = jnp.exp(m - m2)
+            return ((m2, l * a + pr.sum(-1), acc * a[..., None] + jnp.einsum("bhqk,bkhd->bhqd", pr, v)), None)
+
+        B, L = x.shape[:2]
+        init = (jnp.full((B, 2, L), -jnp.inf), jnp.zeros((B, 2, L)), jnp.zeros((B, 2, L, 3)))
+        (_, l, acc), _ = lax.scan(step, init, (kb, vb))
+        return (acc / l[..., None]).swapaxes(1, 2).reshape(B, L, 6) @ p["o"]
+
+    return apply, {"q": make(4, 8), "k": make(4, 8), "v": make(4, 6), "o": make(6, 2)}, (make(n, 6, 4),)
+
+
+@network({"e:1 h:0 o:1 qkv:0": 6, "o:0 qkv:1 rel:1": 3, "o:0 qkv:1": 2, "rel:0": 1}, other=5)
+def swin_window_attention(make, n):
+    idx = np.random.default_rng(0).integers(0, 9, (4, 4))
+
+    def apply(p, x):
+        B = x.shape[0]
+        h = x @ p["e"]
+        s = jnp.roll(h, (-1, -1), (1, 2))
+        w = s.reshape(B, 2, 2, 2, 2, 6).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, 6)
+        qkv = (w @ p["qkv"]).reshape(-1, 4, 3, 3, 2).transpose(2, 0, 3, 1, 4)
+        q, k, v = (qkv[0], qkv[1], qkv[2])
+        a = q @ k.swapaxes(-1, -2) + p["rel"][idx.reshape(-1)].reshape(4, 4, 3).transpose(2, 0, 1)[None]
+        y = (softmax(a) @ v).transpose(0, 2, 1, 3).reshape(-1, 4, 6) @ p["o"]
+        y = y.reshape(B, 2, 2, 2, 2, 6).transpose(0, 1, 3, 2, 4, 5).reshape(B, 4, 4, 6)
+        return (h + jnp.roll(y, (1, 1), (1, 2))) @ p["h"]
+
+    params = {"e": make(3, 6), "qkv": make(6, 18), "rel": make(9, 3), "o": make(6, 6), "h": make(6, 2)}
+    return apply, params, (make(n, 4, 4, 3),)
+
+
+@network({"a:3 b:2 hl:2 lh:3 o:0": 4, "b:3 hl:3 lh:2 o:0": 6})
+def hrnet_fuse(make, n):
+    def up(x):
+        return jax.image.resize(x, (x.shape[0], x.shape[1] * 2, x.shape[2] * 2, x.shape[3]), "bilinear")
+
+    def apply(p, x):
+        h = relu(conv(x, p["a"]))
+        l = relu(conv(h, p["b"], stride=2))
+        h2 = relu(h + up(conv(l, p["lh"])))
+        l2 = relu(l + conv(h, p["hl"], stride=2))
+        return jnp.concatenate([h2, up(l2)], -1).mean((1, 2)) @ p["o"]
+
+    params = {
+        "a": make(3, 3, 2, 4),
+        "b": make(3, 3, 4, 6),
+        "lh": make(1, 1, 6, 4),
+        "hl": make(3, 3, 4, 6),
+        "o": make(10, 2),
+    }
+    return apply, params, (make(n, 8, 8, 2),)
+
+
+@network({"a:3 k:2 st:1": 4, "k:3 o:2": 5})
+def stylegan_modulated_convolution(make, n):
+    """kernel modulated and demodulated per example, then a convolution of B groups"""
+
+    def apply(p, x, z):
+        h = conv(x, p["a"])
+        s = z @ p["st"] + 1
+        w = p["k"][None] * s[:, None, None, :, None]
+        w = w * lax.rsqrt((w**2).sum((1, 2, 3), keepdims=True) + 1e-08)
+        y = jax.vmap(lambda h, w: conv(h[None], w)[0])(h, w)
+        return conv(jax.nn.leaky_relu(y), p["o"])
+
+    params = {"a": make(1, 1, 2, 4), "st": make(3, 4), "k": make(3, 3, 4, 5), "o": make(1, 1, 5, 2)}
+    return apply, params, (make(n, 4, 4, 2), make(n, 3))
+
+
+@network({"a:3 f1:0 f2:1 o:0": 6, "f1:1 f2:0": 3})
+def cbam(make, n):
+    def apply(p, x):
+        h = relu(conv(x, p["a"]))
+
+        def mlp(v):
+            return relu(v @ p["f1"]) @ p["f2"]
+
+        h = h * sigmoid(mlp(h.mean((1, 2))) + mlp(h.max((1, 2))))[:, None, None]
+        s = jnp.concatenate([h.mean(-1, keepdims=True), h.max(-1, keepdims=True)], -1)
+        h = h * sigmoid(conv(s, p["s"]))
+        return h.mean((1, 2)) @ p["o"]
+
+    params = {"a": make(3, 3, 2, 6), "f1": make(6, 3), "f2": make(3, 6), "s": make(3, 3, 2, 1), "o": make(6, 2)}
+    return apply, params, (make(n, 5, 5, 2),)
+
+
+@network({})
+def eca_convolves_over_channels(make, n):
+    def apply(p, x):
+        h = relu(conv(x, p["a"]))
+        g = conv(h.mean((1, 2))[..., None], p["k"])
+        return (h * sigmoid(g[..., 0])[:, None, None]).mean((1, 2)) @ p["o"]
+
+    return apply, {"a": make(3, 3, 2, 6), "k": make(3, 1, 1), "o": make(6, 2)}, (make(n, 4, 4, 2),)
+
+
+@network(
+    {
+        "a:3 b:2 b:3 o:0": 3,
+        "a:3 b:3 k1:2 o:0": 3,
+        "a:3 b:2 b:3 k1:3 k2:2 o:0": 3,
+        "a:3 b:2 b:3 k2:3 k3:2 o:0": 3,
+        "b:2 k3:3": 3,
+    }
+)
+def res2net(make, n):
+    def apply(p, x):
+        h = relu(conv(x, p["a"]))
+        xs = jnp.split(h, 4, -1)
+        ys = [xs[0]]
+        for i in range(1, 4):
+            z = xs[i] if i == 1 else xs[i] + ys[-1]
+            ys.append(relu(conv(z, p[f"k{i}"])))
+        return (h + conv(jnp.concatenate(ys, -1), p["b"])).mean((1, 2)) @ p["o"]
+
+    params = {"a": make(1, 1, 2, 12), "b": make(1, 1, 12, 12), "o": make(12, 2)} | {
+        f"k{i}": make(3, 3, 3, 3) for i in (1, 2, 3)
+    }
+    return apply, params, (make(n, 4, 4, 2),)
+
+
+@network({"q:1 q2:0 s:0 z:0": 6})
+def int8_kernels_dequantised(make, n):
+    def apply(p, x):
+        w = (p["q"].astype(jnp.float32) - p["z"].astype(jnp.float32)[None]) * p["s"][None]
+        w2 = p["q2"].astype(jnp.float32) * p["s2"][None]
+        return relu(x @ w) @ w2
+
+    params = {
+        "q": make.ids(100, 5, 6).astype(jnp.int8),
+        "z": make.ids(9, 6),
+        "s": make(6),
+        "q2": make.ids(100, 6, 3).astype(jnp.int8),
+        "s2": make(3),
+    }
+    return apply, params, (make(n, 5),)
+
+
+@network({"m:1 o:0 w:1": 6})
+def mask_among_the_params(make, n):
+    return (
+        lambda p, x: relu(x @ jnp.where(p["m"], p["w"], 0)) @ p["o"],
+        {"w": make(5, 6), "m": make(5, 6) > 0, "o": make(6, 3)},
+        (make(n, 5),),
+    )
+
+
+@network({})
+def scatter_adds_to_sigmoids(make, n):
+    def apply(p, x):
+        h = sigmoid(x @ p["a"])
+        g = sigmoid(x[:2] @ p["b"])
+        return (h.at[jnp.array([0, 0])].add(g).sum(-1), h.at[:2].multiply(g).max(-1))
+
+    return apply, {"a": make(5, 6), "b": make(5, 6)}, (make(n, 5),)
+
+
+@network({})
+def one_over_a_pruned_zero(make, n):
+    def apply(p, x):
+        h = x @ p["a"]
+        return (jnp.minimum(1.0 / relu(h), 5.0).sum(-1), jnp.maximum(-1.0 / (h * h), -3.0) @ p["o"])
+
+    return apply, {"a": make(5, 6), "o": make(6, 3)}, (make(n, 5),)
+
+
+@network({"o:0 qkv:1": (4, 4)})
+def square_grid_of_heads(make, n):
+    def apply(p, x):
+        qkv = (x @ p["qkv"]).reshape(*x.shape[:2], 3, 4, 4)
+        return attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(*x.shape[:2], 16) @ p["o"]
+
+    return apply, {"qkv": make(5, 48), "o": make(16, 2)}, (make(n, 3, 5),)
+
+
+@network({"a:1 o:0 s:0": (4, 4)})
+def group_norm_square(make, n):
+    def apply(p, x):
+        h = (x @ p["a"]).reshape(-1, 4, 4)
+        h = (h - h.mean(-1, keepdims=True)) * lax.rsqrt(h.var(-1, keepdims=True) + 1e-05)
+        return relu(h.reshape(-1, 16) * p["s"][None]) @ p["o"]
+
+    return apply, {"a": make(5, 16), "s": make(16), "o": make(16, 2)}, (make(n, 5),)
+
+
+@network({"A:1 B:0": 2, "dn:1 up:0": 3})
+def dora_and_adapter(make, n):
+    def apply(p, x):
+        w = p["w"] + p["A"] @ p["B"] * 2
+        w = p["m"][None] * w / jnp.linalg.norm(w, axis=0, keepdims=True)
+        h = relu(x @ w)
+        h = h + relu(h @ p["dn"]) @ p["up"]
+        return h @ p["o"]
+
+    params = {
+        "w": make(5, 6),
+        "A": make(5, 2),
+        "B": make(2, 6),
+        "m": make(6),
+        "dn": make(6, 3),
+        "up": make(3, 6),
+        "o": make(6, 2),
+    }
+    return apply, params, (make(n, 5),)
+
+
+@network({"a:1 b:0": 6, "b:1 o:0": 4})
+def checkpoint_names_and_policies(make, n):
+    def apply(p, x):
+        @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("h"))
+        def f(p, x):
+            h = checkpoint_name(jnp.tanh(x @ p["a"]), "h")
+            return h @ p["b"]
+
+        return jax.nn.gelu(f(p, x)) @ p["o"]
+
+    return apply, {"a": make(5, 6), "b": make(6, 4), "o": make(4, 2)}, (make(n, 5),)
+
+
+@network({"d:1 u:2": 5, "d:2 e:1 o:0 r:0 u:1": 6})
+def ragged_experts(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        e = (h @ p["r"]).argmax(-1)
+        order = jnp.argsort(e)
+        sizes = jnp.bincount(e, length=3)
+        y = lax.ragged_dot(relu(lax.ragged_dot(h[order], p["u"], sizes)), p["d"], sizes)
+        return (h + jnp.zeros_like(y).at[order].set(y)) @ p["o"]
+
+    params = {"e": make(3, 6), "r": make(6, 3), "u": make(3, 6, 5), "d": make(3, 5, 6), "o": make(6, 2)}
+    return apply, params, (make(n, 3),)
+
+
+@network({"a:1 b:0 c:0": 6})
+def complex_kernels(make, n):
+    def apply(p, x):
+        h = x.astype(jnp.complex64) @ p["a"]
+        h = h * (relu(jnp.abs(h) + p["b"][None]) / (jnp.abs(h) + 1e-6))
+        return jnp.abs(h @ p["c"])
+
+    def c(*s):
+        return lax.complex(make(*s), make(*s))
+
+    return apply, {"a": c(5, 6), "b": make(6), "c": c(6, 2)}, (make(n, 5),)
+
+
+@network({"a:1 b:0": 6, "b:1 c:0": 4})
+def energy_model_with_langevin(make, n):
+    def apply(p, x, key):
+        def E(x):
+            return (jax.nn.softplus(jax.nn.swish(x @ p["a"]) @ p["b"]) @ p["c"]).sum()
+
+        def step(x, k):
+            return (x - 0.1 * jax.grad(E)(x) + 0.01 * jax.random.normal(k, x.shape), None)
+
+        return lax.scan(step, x, jax.random.split(key, 3))[0]
+
+    return apply, {"a": make(5, 6), "b": make(6, 4), "c": make(4, 1)}, (make(n, 5), jax.random.key(0))
+
+
+@network({"a:1 ab:0 b:0": 6, "b:1 c:0": 4})
+def physics_informed_second_derivatives(make, n):
+    def apply(p, x):
+        def u(t):
+            return (jnp.tanh(jnp.tanh(t[None] @ p["a"] + p["ab"][None]) @ p["b"]) @ p["c"])[0, 0]
+
+        return (
+            jax.vmap(u)(x),
+            jax.vmap(lambda t: jnp.trace(jax.hessian(u)(t)))(x),
+            jax.vmap(lambda t: jax.jvp(jax.grad(u), (t,), (t,))[1])(x),
+        )
+
+    return apply, {"a": make(3, 6), "ab": make(6), "b": make(6, 4), "c": make(4, 1)}, (make(n, 3),)
+
+
+@network({"a:1 b:0": 6, "b:1 c:1 d:0": 4, "d:1 o:0": 3})
+def vq_vae(make, n):
+    def apply(p, x):
+        z = relu(x @ p["a"]) @ p["b"]
+        d = (z**2).sum(1, keepdims=True) - 2 * z @ p["c"].T + (p["c"] ** 2).sum(1)[None]
+        k = d.argmin(1)
+        q = p["c"][k]
+        return (relu((z + lax.stop_gradient(q - z)) @ p["d"]) @ p["o"], k)
+
+    return apply, {"a": make(5, 6), "b": make(6, 4), "c": make(7, 4), "d": make(4, 3), "o": make(3, 5)}, (make(n, 5),)
+
+
+@network({"a:1 l:0": 2, "a:1 r:0": 3, "l:1 o:0": 3, "o:0 r:1": 2})
+def kronecker_kernel(make, n):
+    def apply(p, x):
+        return relu(relu(x @ p["a"]) @ jnp.kron(p["l"], p["r"])) @ p["o"]
+
+    return apply, {"a": make(5, 6), "l": make(2, 3), "r": make(3, 2), "o": make(6, 2)}, (make(n, 5),)
+
+
+@network({"a:1 b1:0": 3, "a:1 b2:0": 3, "b1:1 o:0": 2, "b2:1 o:0": 4})
+def block_diagonal_kernel(make, n):
+    def apply(p, x):
+        h = relu(x @ p["a"])
+        w = jax.scipy.linalg.block_diag(p["b1"], p["b2"])
+        return relu(h @ w) @ p["o"]
+
+    return apply, {"a": make(5, 6), "b1": make(3, 2), "b2": make(3, 4), "o": make(6, 2)}, (make(n, 5),)
+
+
+@network({"a:1 m:0 u:0": 6, "m:1 u:0": 5, "o:0 u:1": 4}, other=None)
+def gcn_by_segment_sum(make, n):
+    src, dst = (np.array([0, 1, 2, 3, 0, 2]), np.array([1, 2, 3, 0, 2, 0]))
+
+    def apply(p, x, src, dst):
+        h = relu(x @ p["a"])
+        m = jnp.concatenate([h[src], h[dst]], -1) @ p["m"]
+        agg = jax.ops.segment_sum(relu(m), dst, 4)
+        mx = jax.ops.segment_max(m, dst, 4)
+        h = relu(jnp.concatenate([h, agg, jnp.where(jnp.isfinite(mx), mx, 0)], -1) @ p["u"])
+        return jax.ops.segment_sum(h, jnp.zeros(4, jnp.int32), 1) @ p["o"]
+
+    return apply, {"a": make(3, 6), "m": make(12, 5), "u": make(16, 4), "o": make(4, 2)}, (make(4, 3), src, dst)
+
+
+@network({"a:1 g:1": 5, "g:0 z:1": 4, "g:1 o:0": 6})
+def hypernetwork_of_a_hidden_kernel(make, n):
+    def apply(p, x, z):
+        w = (relu(z @ p["z"]) @ p["g"]).reshape(-1, 5, 6)
+        return relu(jnp.einsum("bi,bij->bj", x @ p["a"], w)) @ p["o"]
+
+    return apply, {"z": make(3, 4), "g": make(4, 30), "a": make(3, 5), "o": make(6, 2)}, (make(n, 3), make(n, 3))
+
+
+@network({"c:0 m:1 u:0": 6, "e:1 m:0 o:0 u:1": 5})
+def egnn_pairwise(make, n):
+    def apply(p, x, pos):
+        h = x @ p["e"]
+        d = ((pos[:, :, None] - pos[:, None]) ** 2).sum(-1, keepdims=True)
+        N = h.shape[1]
+        hi, hj = (
+            jnp.broadcast_to(h[:, :, None], (h.shape[0], N, N, 5)),
+            jnp.broadcast_to(h[:, None], (h.shape[0], N, N, 5)),
+        )
+        m = silu(jnp.concatenate([hi, hj, d], -1) @ p["m"])
+        pos = pos + ((pos[:, :, None] - pos[:, None]) * (m @ p["c"])).mean(2)
+        return ((h + m.sum(2) @ p["u"]).mean(1) @ p["o"], pos)
+
+    params = {"e": make(3, 5), "m": make(11, 6), "c": make(6, 1), "u": make(6, 5), "o": make(5, 2)}
+    return apply, params, (make(n, 4, 3), make(n, 4, 3))

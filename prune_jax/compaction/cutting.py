@@ -107,6 +107,8 @@ def struct(leaf: Any) -> jax.ShapeDtypeStruct:
 def _cut(leaf: Any, keep: Sequence[np.ndarray]) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(tuple(len(k) for k in keep), leaf.dtype)
+    if leaf.dtype == jax.dtypes.float0:  # the gradient of whole numbers, which holds nothing
+        return np.zeros([len(k) for k in keep], jax.dtypes.float0)
     for d, places in enumerate(keep):
         if len(places) < leaf.shape[d]:
             leaf = jnp.take(leaf, places, axis=d)

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from prune_jax.groups.values import COMPUTABLE, UNKNOWN, Axis, Dead, Unsettled, Value, same
+from prune_jax.groups.values import COMPUTABLE, UNKNOWN, WILD, Axis, Dead, Unsettled, Value, is_zero, same, vague
 from prune_jax.groups.walk import Walk, bind, dtype_of, match, opaque, rule, shape_of
 
 ELEMENTWISE = """
-abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
-clz complex conj convert_element_type copy copy_p cos cosh device_put digamma div eq eq_to erf erf_inv erfc exp exp2
-expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul ne
-neg nextafter not or polygamma population_count pow random_gamma_grad real reduce_precision regularized_incomplete_beta
-rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sharding_constraint sign sin sinh sqrt
-square stop_gradient sub tan tanh threefry2x32 xor zeta
+abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
+convert_element_type copy copy_p cos cosh device_put digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt
+igamma igammac imag integer_pow is_finite layout_constraint le le_to lgamma log log1p logistic lt lt_to max min mul
+mulhi name ne neg nextafter not or polygamma population_count pow random_gamma_grad real reduce_precision
+regularized_incomplete_beta rem reshard round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic
+shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 xor zeta
 """.split()
 
 # What they make of numbers known beforehand; all others' results are computed when they are needed.
@@ -28,20 +28,26 @@ _NUMBERS: dict[str, Callable[..., float]] = {
     "abs": abs,
     "add": lambda a, b: a + b,
     "add_any": lambda a, b: a + b,
+    "conj": lambda a: a,
     "convert_element_type": lambda a: a,
     "copy": lambda a: a,
     "copy_p": lambda a: a,
     "device_put": lambda a: a,
-    "div": lambda a, b: math.nan if b == 0 else a / b,
+    "div": lambda a, b: a / b,
     "erf": math.erf,
     "exp": lambda a: math.inf if a > 700 else math.exp(a),
+    "imag": lambda a: 0.0,
+    "layout_constraint": lambda a: a,
     "log": lambda a: math.log(a) if a > 0 else (-math.inf if a == 0 else math.nan),
     "logistic": lambda a: 1 / (1 + math.exp(-max(a, -700.0))),
     "max": lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else max(a, b),
     "min": lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else min(a, b),
     "mul": lambda a, b: a * b,
+    "name": lambda a: a,
     "neg": lambda a: -a,
+    "real": lambda a: a,
     "reduce_precision": lambda a: a,
+    "reshard": lambda a: a,
     "rsqrt": lambda a: 1 / math.sqrt(a) if a > 0 else (math.inf if a == 0 else math.nan),
     "sharding_constraint": lambda a: a,
     "sin": lambda a: math.sin(a) if math.isfinite(a) else math.nan,
@@ -52,6 +58,9 @@ _NUMBERS: dict[str, Callable[..., float]] = {
     "tan": lambda a: math.tan(a) if math.isfinite(a) else math.nan,
     "tanh": math.tanh,
 }
+_COMPLEX = frozenset(
+    "add add_any conj convert_element_type copy div exp imag mul name neg real square stop_gradient sub".split()
+)
 _KEEP_ZERO = frozenset("asin asinh atan atanh cbrt ceil erf_inv expm1 floor log1p round sign sinh".split())
 
 
@@ -94,30 +103,42 @@ def dead_value(eqn: JaxprEqn, deads: Sequence[Dead]) -> Dead:
     """What a primitive makes of what stands at dead indices."""
     name = eqn.primitive.name
     numbers = [dead for dead in deads if not isinstance(dead, Unsettled)]
-    if name in ("mul", "and") and 0.0 in numbers and all(math.isfinite(n) for n in numbers):
+    if name in ("mul", "and") and is_zero(deads):
         return 0.0
-    if name == "div" and same(deads[0], 0.0) and len(numbers) == 1:
+    if name == "div" and same(deads[0], 0.0) and isinstance(deads[1], Unsettled) and deads[1] is not WILD:
         return 0.0
     if name == "select_n" and numbers and all(same(deads[1], case) for case in deads[2:]):
         return deads[1]
     if len(numbers) == len(deads):
-        if not jnp.issubdtype(dtype_of(eqn.outvars[0]), np.floating):
+        if name == "complex" and numbers[1] == 0:
+            return numbers[0]
+        if not _of_real_numbers(eqn):
             return COMPUTABLE
-        if name != "convert_element_type" and not _all_floating(eqn):
-            return COMPUTABLE
+        if name == "div" and numbers[1] == 0:
+            return math.nan if numbers[0] == 0 else WILD  # an infinity, whose sign is that of the zero
         if name in _KEEP_ZERO and numbers[0] == 0:
             return 0.0
-        if name == "integer_pow" and (numbers[0] != 0 or eqn.params["y"] > 0):
+        if name == "integer_pow" and (numbers[0] == 0 or 1e-9 < abs(numbers[0]) < 1e9) and 0 < eqn.params["y"] < 9:
             return numbers[0] ** eqn.params["y"]
         if name == "clamp":
             return min(max(numbers[1], numbers[0]), numbers[2])
         if name in _NUMBERS:
-            return float(_NUMBERS[name](*numbers))
-    return UNKNOWN if UNKNOWN in deads or eqn.primitive.multiple_results else COMPUTABLE
+            made = float(_NUMBERS[name](*numbers))
+            return WILD if math.isinf(made) and all(map(math.isfinite, numbers)) else made
+    if UNKNOWN in deads or WILD in deads or eqn.primitive.multiple_results:
+        return vague(*deads)
+    return COMPUTABLE
 
 
-def _all_floating(eqn: JaxprEqn) -> bool:
-    return all(jnp.issubdtype(dtype_of(atom), np.floating) for atom in eqn.invars)
+def _of_real_numbers(eqn: JaxprEqn) -> bool:
+    """Whether what it makes of real numbers is the same number whatever the types of its operands and its output."""
+    types = [dtype_of(atom) for atom in (eqn.outvars[0], *eqn.invars)]
+    name = eqn.primitive.name
+    if name == "convert_element_type":
+        types = types[:1]
+    if any(jnp.issubdtype(t, np.complexfloating) for t in types):
+        return name in _COMPLEX
+    return all(jnp.issubdtype(t, np.floating) for t in types)
 
 
 @rule("bitcast_convert_type")

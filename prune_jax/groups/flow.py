@@ -18,7 +18,7 @@ from prune_jax.groups.labels import Labels
 from prune_jax.groups.values import Axis, Value, join
 from prune_jax.groups.walk import Walk, bind, dtype_of, opaque, rule, shape_of
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "named_call")
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "named_call", "composite")
 
 
 def _closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:

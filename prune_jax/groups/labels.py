@@ -94,9 +94,14 @@ class Labels:
         if len(a) == 1 and _is_raw(a[0]):
             return self._tie_rows(b, self.factor(a[0], b))
         apart = Reason(f"{reason.text}: two axes meet that were split or joined in different ways", reason.eqn)
-        self.fix(a, apart)
-        self.fix(b, apart)
-        return self.never(apart, a.shape[1])
+        tied = dict[bytes, np.ndarray]()
+        for row in (*a, *b):
+            key = _pattern(row)
+            if key in left and key in right:  # of the parts that both have
+                tied[key] = self._tie_row(tied[key], row) if key in tied else row
+            else:
+                self.fix(row, apart)
+        return np.stack(list(tied.values())) if tied else self.never(apart, a.shape[1])
 
     def factor(self, raw: np.ndarray, grid: np.ndarray) -> np.ndarray:
         """Sees the axis `raw` `[n]` as a grid whose coordinates repeat as the labels in `grid` `[rows, n]` do.
@@ -158,6 +163,14 @@ def _is_raw(row: np.ndarray) -> bool:
 
 def _same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def living(rows: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """Which labels in `rows` are alive, where `alive` says it of each that may die."""
+    found = np.ones(rows.shape, bool)
+    loose = rows >= 0
+    found[loose] = alive[rows[loose]]
+    return found
 
 
 def without_fixed_rows(rows: np.ndarray) -> np.ndarray:

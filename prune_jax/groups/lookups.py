@@ -10,10 +10,10 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from prune_jax.groups.moves import moved
-from prune_jax.groups.values import UNKNOWN, Axis, Value, join
-from prune_jax.groups.walk import Walk, bind, opaque, rule, shape_of
+from prune_jax.groups.values import UNKNOWN, Axis, Dead, Value, join, same, vague
+from prune_jax.groups.walk import Walk, bind, fixed_axes, opaque, rule, shape_of
 
-_SCATTERS = [f"scatter{mark}{how}" for how in ("add", "mul", "min", "max") for mark in "-_"]
+_SCATTERS = [f"scatter{mark}{how}" for how in ("add", "sub", "mul", "min", "max") for mark in "-_"]
 
 
 @rule("dynamic_slice")
@@ -126,15 +126,25 @@ def scatter(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     for d, axis in enumerate(x.axes):
         if d in source and updates.axes[source[d]].size == axis.size:
             other = updates.axes[source[d]]
-            axes.append(Axis(walk.tie(eqn, axis, other), join([axis.dead, other.dead])))
+            axes.append(Axis(walk.tie(eqn, axis, other), _written(eqn, axis.dead, other.dead)))
         elif d in numbers.operand_batching_dims:
-            axes.append(Axis(axis.rows))
+            axes.append(Axis(axis.rows, vague(axis.dead)))
         else:
             walk.fix(eqn, axis, text)
             if d in source:
                 walk.fix(eqn, updates.axes[source[d]], text)
             axes.append(walk.never(eqn, axis.size, text))
     return walk.outputs(eqn, [axes], operands)
+
+
+def _written(eqn: JaxprEqn, old: Dead, new: Dead) -> Dead:
+    """What stands at dead indices where something is written to some of them, and how often is not known."""
+    name = eqn.primitive.name
+    sums = name.endswith(("add", "sub"))
+    products = name.endswith("mul")
+    if (sums and not same(new, 0.0)) or (products and not same(new, 1.0) and not (same(old, 0.0) and same(new, old))):
+        return vague(old, new)
+    return join([old] if sums or products else [old, new])
 
 
 @rule("iota")
@@ -154,10 +164,20 @@ def iota(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     return [walk.whole(None if walk.alive is None else make(), shape, known)]
 
 
-@rule("random_bits")
+@rule("random_bits", "rng_uniform")
 def random_bits(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Random numbers by position: made whole, then cut, so that what lives meets the same luck."""
-    (key,) = operands
-    if key.axes:
+    if any(operand.axes for operand in operands):
         return opaque(walk, eqn, operands)
-    return [walk.source(lambda: bind(eqn, [key.array]), shape_of(eqn.outvars[0]))]
+    return [walk.source(lambda: bind(eqn, [operand.array for operand in operands]), shape_of(eqn.outvars[0]))]
+
+
+@rule("rng_bit_generator")
+def rng_bit_generator(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """As random bits, and the key that comes after."""
+    (key,) = operands
+    for axis in key.axes:
+        walk.fix(eqn, axis, "it is a key")
+    made = [None, None] if walk.alive is None else bind(eqn, [key.array])
+    after = Value(tuple(fixed_axes(walk, eqn, eqn.outvars[0], "it is a key")), array=made[0])
+    return [after, walk.source(lambda: made[1], shape_of(eqn.outvars[1]))]

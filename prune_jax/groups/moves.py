@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from prune_jax.groups.labels import without_fixed_rows
-from prune_jax.groups.values import COMPUTABLE, UNKNOWN, Axis, Dead, Value, join
+from prune_jax.groups.values import COMPUTABLE, UNKNOWN, WILD, Axis, Dead, Unsettled, Value, join, vague
 from prune_jax.groups.walk import Walk, bind, dtype_of, match, opaque, pick, ranks, rule, shape_of
 
 
@@ -73,9 +73,12 @@ def _spread(walk: Walk, eqn: JaxprEqn, size: int, dead: Dead) -> Axis:
 def reshape(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Joined axes carry the labels of all; a split axis hands them back, or is seen as a grid from here on."""
     x = operands[0]
-    if len(operands) > 1 or eqn.params.get("dimensions") is not None or 0 in x.shape:
+    if len(operands) > 1 or 0 in x.shape:
         return opaque(walk, eqn, operands)
-    sizes = eqn.params["new_sizes"]
+    order, sizes = eqn.params.get("dimensions"), eqn.params["new_sizes"]
+    if order is not None:  # it transposes first
+        array = x.array if x.array is None else jnp.transpose(x.array, order)
+        x = Value(tuple(x.axes[i].settled() for i in order), x.const, None, array, weights=x.weights)
     axes: list[Axis | None] = [None] * len(sizes)
     home: dict[int, int] = {}
     for ins, outs in _segments(x.shape, sizes):
@@ -90,7 +93,8 @@ def reshape(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
 
     def shaped(array: Any, i: int | None = None) -> Any:
         size = None if i is None else array.shape[home[i]]
-        return bind(eqn, [array], new_sizes=tuple(size if d == i else walk.size(a) for d, a in enumerate(found)))
+        left = tuple(size if d == i else walk.size(a) for d, a in enumerate(found))
+        return bind(eqn, [array], new_sizes=left, dimensions=None)
 
     def part(i: int) -> Any:
         return shaped(walk.dead(x, home[i], dtype_of(eqn.invars[0])), i)
@@ -281,7 +285,7 @@ def tile(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
             axes.append(copy if axis is None else axis.settled())
         else:
             rows, dead = _merge([copy, axis])
-            axes.append(Axis(rows, dead if axis.fixed else UNKNOWN))
+            axes.append(Axis(rows, dead if axis.fixed else vague(axis.dead)))
 
     def rewrite() -> Any:
         return jnp.tile(x.array, [walk.size(copy) for copy in counts])
@@ -321,7 +325,7 @@ def concatenate(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
 def _either(deads: Sequence[Dead]) -> Dead:
     """What stands at dead indices that come from one of several places, each of which can be computed."""
     found = join(deads) if deads else UNKNOWN
-    return COMPUTABLE if deads and found is UNKNOWN and UNKNOWN not in deads else found
+    return COMPUTABLE if deads and isinstance(found, Unsettled) and not {UNKNOWN, WILD} & set(deads) else found
 
 
 def _taller(walk: Walk, eqn: JaxprEqn, rows: np.ndarray, tall: int) -> np.ndarray:
@@ -348,7 +352,7 @@ def pad(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         before, after = walk.labels.fresh(low), walk.labels.fresh(high)
         around[d] = (before, after)
         blank = [_taller(walk, eqn, rows, len(axis.rows)) for rows in (before, after)]
-        dead = number if number is not None and (axis.fixed or axis.dead == number) else UNKNOWN
+        dead = number if number is not None and (axis.fixed or axis.dead == number) else vague(axis.dead)
         axes.append(Axis(np.concatenate([blank[0], axis.rows, blank[1]], axis=1), dead))
 
     def rewrite() -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from prune_jax.groups.values import UNKNOWN, Axis, Dead, Unsettled, Value, same
+from prune_jax.groups.values import Axis, Dead, Value, is_zero, same, sum_of, vague
 from prune_jax.groups.walk import Walk, bind, opaque, rule, shape_of
 
 
@@ -27,7 +26,7 @@ def dot_general(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
         rows = walk.tie(eqn, left.axes[l], right.axes[r])
         axes.append(Axis(rows, _product(left.axes[l].dead, right.axes[r].dead)))
     for value, used in ((left, {*left_sum, *left_batch}), (right, {*right_sum, *right_batch})):
-        axes += [_through(axis) for d, axis in enumerate(value.axes) if d not in used]
+        axes += [Axis(axis.rows, sum_of(axis.dead)) for d, axis in enumerate(value.axes) if d not in used]
     if (
         not left.weights
         and not right.weights
@@ -47,20 +46,35 @@ def _free(value: Value, *used: Sequence[int]) -> bool:
     return any(axis.size > 1 for d, axis in enumerate(value.axes) if all(d not in some for some in used))
 
 
-def _through(axis: Axis) -> Axis:
-    """A free axis: a sum of zeros is zero."""
-    return Axis(axis.rows, 0.0 if same(axis.dead, 0.0) else UNKNOWN)
-
-
 def _product(a: Dead, b: Dead) -> Dead:
-    numbers = [n for n in (a, b) if not isinstance(n, Unsettled)]
-    return 0.0 if 0.0 in numbers and all(math.isfinite(n) for n in numbers) else UNKNOWN
+    return 0.0 if is_zero((a, b)) else vague(a, b)
 
 
 def _adds_nothing(walk: Walk, eqn: JaxprEqn, a: Axis, b: Axis) -> None:
-    if isinstance(_product(a.dead, b.dead), Unsettled):
+    if not same(_product(a.dead, b.dead), 0.0):
         for axis in (a, b):
             walk.fix(eqn, axis, "it is summed over, and what stands at a pruned index is not zero")
+
+
+@rule("ragged_dot_general")
+def ragged_dot(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """As a product; rows and matrices, of which each group of rows has its own, keep their places."""
+    left, right, sizes = operands
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    ((left_sum, right_sum), (left_batch, right_batch)) = numbers.dot_dimension_numbers
+    rows, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    if left_batch or right_batch or {*rows} & {*left_sum}:
+        return opaque(walk, eqn, operands)
+    for value, fixed in ((left, rows), (right, groups), (sizes, range(len(sizes.axes)))):
+        for d in fixed:
+            walk.fix(eqn, value.axes[d], "its rows are counted in groups")
+    for l, r in zip(left_sum, right_sum, strict=True):
+        walk.tie(eqn, left.axes[l], right.axes[r])
+        _adds_nothing(walk, eqn, left.axes[l], right.axes[r])
+        walk.labels.summed += [v.axes[d].rows for v, d in ((left, l), (right, r)) if v.weights]
+    free = [left.axes[d] for d in range(len(left.axes)) if d not in left_sum]
+    free += [right.axes[d] for d in range(len(right.axes)) if d not in {*right_sum, *groups}]
+    return walk.outputs(eqn, [[Axis(axis.rows, sum_of(axis.dead)) for axis in free]], operands)
 
 
 @rule("conv_general_dilated")
@@ -96,11 +110,11 @@ def convolution(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
             count = walk.size(group)
     if groups == 1 or not inward.fixed:  # a dead group feeds nothing but its own dead outputs
         _adds_nothing(walk, eqn, features, inward)
-    batch = _through(x.axes[numbers.lhs_spec[0]])
+    batch = x.axes[numbers.lhs_spec[0]]
     shape = shape_of(eqn.outvars[0])
     axes: list[Axis] = [walk.never(eqn, size, text) for size in shape]
-    axes[numbers.out_spec[0]] = batch
-    axes[numbers.out_spec[1]] = Axis(out_rows, _through(outward).dead)
+    axes[numbers.out_spec[0]] = Axis(batch.rows, sum_of(batch.dead))
+    axes[numbers.out_spec[1]] = Axis(out_rows, sum_of(outward.dead))
 
     def rewrite() -> Any:
         return bind(eqn, [x.array, kernel.array], feature_group_count=count)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from prune_jax.groups.values import COMPUTABLE, UNKNOWN, Axis, Dead, Unsettled, Value, same
+from prune_jax.groups.values import COMPUTABLE, UNKNOWN, WILD, Axis, Dead, Unsettled, Value, same, sum_of, vague
 from prune_jax.groups.walk import Walk, bind, dtype_of, fixed_axes, opaque, rule, shape_of
 
 _NEUTRAL = {
@@ -63,8 +63,8 @@ def reduce(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         dead = x.axes[d].dead
         if name == "reduce_sum" and same(dead, 0.0):
             axes.append(Axis(x.axes[d].rows, 0.0))
-        elif dead is UNKNOWN or len(harmless) < len(gone):
-            axes.append(Axis(x.axes[d].rows, UNKNOWN))
+        elif dead in (UNKNOWN, WILD) or len(harmless) < len(gone):
+            axes.append(Axis(x.axes[d].rows, vague(dead)))
         else:
             axes.append(Axis(x.axes[d].rows, dead if name in ("reduce_max", "reduce_min") else COMPUTABLE))
     return walk.outputs(eqn, [axes], operands, rewrite=rewrite, part=part)
@@ -89,24 +89,51 @@ def argmax(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     gone = {int(d) for d in eqn.params["axes"]}
     for d in gone:
         walk.fix(eqn, x.axes[d], f"{eqn.primitive.name} answers its numbers")
-    return walk.outputs(eqn, [[Axis(a.rows) for d, a in enumerate(x.axes) if d not in gone]], operands)
+    return walk.outputs(eqn, [[Axis(a.rows, UNKNOWN) for d, a in enumerate(x.axes) if d not in gone]], operands)
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "top_k")
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "top_k", "approx_top_k")
 def along(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """The axis along which they go keeps its order, and so its indices; others pass."""
     name = eqn.primitive.name
     last = len(operands[0].axes) - 1
-    d = eqn.params.get("axis", eqn.params.get("dimension", last)) % (last + 1)
+    names = ("axis", "dimension", "reduction_dimension")
+    d = next((eqn.params[key] for key in names if key in eqn.params), last) % (last + 1)
     text = f"{name} goes along it"
     for operand in operands:
         walk.fix(eqn, operand.axes[d], text)
     rows = [walk.tie(eqn, *(o.axes[i] for o in operands)) for i in range(last + 1)]
+    deads = [vague(*(o.axes[i].dead for o in operands)) for i in range(last + 1)]
     axes = [
-        [Axis(rows[i]) if i != d else walk.never(eqn, size, text) for i, size in enumerate(shape_of(var))]
+        [Axis(rows[i], deads[i]) if i != d else walk.never(eqn, size, text) for i, size in enumerate(shape_of(var))]
         for var in eqn.outvars
     ]
     return walk.outputs(eqn, axes, operands)
+
+
+@rule("reduce")
+def reduce_by_a_function(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Reduced axes keep all indices, for what the function makes of them is not known; others pass."""
+    arrays = operands[: len(operands) // 2]
+    gone = eqn.params["dimensions"]
+    for d in gone:
+        for x in arrays:
+            walk.fix(eqn, x.axes[d], "a function of its own reduces it")
+    left = [d for d in range(len(arrays[0].axes)) if d not in gone]
+    axes = [Axis(walk.tie(eqn, *(x.axes[d] for x in arrays)), vague(*(x.axes[d].dead for x in arrays))) for d in left]
+    return walk.outputs(eqn, [axes] * len(eqn.outvars), operands)
+
+
+@rule("fft")
+def fft(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Transformed axes keep all indices; others pass, and a transform of zeros is zero."""
+    (x,) = operands
+    kept = len(x.axes) - len(eqn.params["fft_lengths"])
+    axes = [Axis(axis.rows, sum_of(axis.dead)) for axis in x.axes[:kept]]
+    for d, size in enumerate(shape_of(eqn.outvars[0])[kept:], kept):
+        walk.fix(eqn, x.axes[d], "a Fourier transform goes along it")
+        axes.append(walk.never(eqn, size, "a Fourier transform goes along it"))
+    return walk.outputs(eqn, [axes], operands)
 
 
 @rule("reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_window", "cumred_reduce_window_impl")
@@ -129,7 +156,7 @@ def window(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
                 "reduce_window_max",
                 "reduce_window_min",
             )
-            axes.append(Axis(axis.rows, axis.settled().dead if held else UNKNOWN))
+            axes.append(Axis(axis.rows, axis.settled().dead if held else vague(axis.dead)))
         else:
             walk.fix(eqn, axis, text)
             axes.append(walk.never(eqn, shape_of(eqn.outvars[0])[d], text))
@@ -147,7 +174,7 @@ def pooling_gradient(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[V
     axes = []
     for d, (a, b) in enumerate(zip(source.axes, operand.axes, strict=True)):
         if params["window_dimensions"][d] == 1 and params["window_strides"][d] == 1 and a.size == b.size:
-            axes.append(Axis(walk.tie(eqn, a, b)))
+            axes.append(Axis(walk.tie(eqn, a, b), vague(a.dead, b.dead)))
         else:
             walk.fix(eqn, a, text)
             walk.fix(eqn, b, text)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from prune_jax.groups.flow import arrays_of, function_of, results_of, run_cut
-from prune_jax.groups.values import UNKNOWN, Axis, Value, same
+from prune_jax.groups.values import Axis, Value, sum_of
 from prune_jax.groups.walk import Walk, rule
 
 
@@ -74,9 +74,6 @@ def _joined(axis: Axis, count: int) -> Axis:
 def collective(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Devices exchange arrays place by place."""
     sums = eqn.primitive.name.startswith("psum")
-    axes = [
-        [Axis(a.rows, UNKNOWN if sums and not same(a.dead, 0.0) else a.settled().dead) for a in operand.axes]
-        for operand in operands
-    ]
+    axes = [[Axis(a.rows, sum_of(a.dead) if sums else a.settled().dead) for a in operand.axes] for operand in operands]
     whole = operands[0].const if len(operands) == 1 and not sums else None
     return walk.outputs(eqn, axes, operands, const=whole)

@@ -13,19 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
 from prune_jax.groups import elementwise, flow, lookups, moves, products, reductions, sharded  # noqa: F401 - they register rules
 from prune_jax.groups.function import Function, read_in
-from prune_jax.groups.labels import Labels, Reason
+from prune_jax.groups.labels import Labels, Reason, living
 from prune_jax.groups.units import SPLIT, Units, solve
-from prune_jax.groups.values import UNKNOWN, Axis, Value, living
+from prune_jax.groups.values import UNKNOWN, Axis, Value
 from prune_jax.groups.walk import Walk
 from prune_jax.trees import PyTree, leaves_by_path, matches
 
 _INPUT = Reason("it meets an input's axis")
 _OUTPUT = Reason("it meets an output's axis")
 _UNREAD = Reason("nothing reads it")
-_NUMBERS = Reason("its numbers are no floating weights")
+_NUMBERS = Reason("it holds no floating weights")
+_KEY = Reason("it is a key of random numbers")
 _SINGLE = Reason("an axis has one index only")
 _LEAVES = ("kernel", "embedding", "weight", "w", "W")
 
@@ -60,6 +63,7 @@ class Analysis:
         units: what may die.
         read: by parameter, whether anything reads it.
         empty: by output, what stands for it where it is no more: the new value of what is gone.
+        soft: by parameter, whether it holds weights: numbers that are not whole.
     """
 
     closed: ClosedJaxpr
@@ -70,6 +74,7 @@ class Analysis:
     units: Units
     read: tuple[bool, ...]
     empty: tuple[jax.ShapeDtypeStruct | None, ...]
+    soft: tuple[bool, ...]
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -93,6 +98,9 @@ class Analysis:
         offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         rows = order[np.repeat(begins[:-1][closures.indices], counts) + offsets]
         table = np.stack([units, places[0, rows], places[1, rows], places[2, rows]], axis=1)
+        weighty = np.zeros(closures.shape[0], bool)
+        weighty[table[np.asarray(self.soft)[table[:, 1]], 0]] = True
+        table = table[weighty[table[:, 0]]]  # whole numbers and truths die with weights, never for themselves
         return table[np.lexsort(table.T[::-1])]
 
     @cached_property
@@ -132,7 +140,7 @@ class Analysis:
     def frozen(self) -> tuple[tuple[str, int, str], ...]:
         """Path, axis and reason of whatever no unit holds."""
         columns = np.zeros(self.units.closures.shape[1], bool)
-        columns[np.unique(self.units.closures.indices)] = True
+        columns[self.units.closures[np.unique(self.table[:, 0])].indices] = True
         covered = columns[self.units.components]
         found = []
         for p, axes in enumerate(self.starts):
@@ -147,8 +155,10 @@ class Analysis:
         return tuple(found)
 
     def _reason(self, label: int) -> str:
-        number = -label if label < 0 else int(self.units.reasons[self.units.components[label]])
-        reason = self.labels.reasons[number - 1] if number else SPLIT
+        component = self.units.components[label]
+        number = -label if label < 0 else int(self.units.reasons[component])
+        alone = _NUMBERS if not number and self.units.closures[:, component].nnz else SPLIT
+        reason = self.labels.reasons[number - 1] if number else alone
         if reason.eqn is None:
             return reason.text
         return f"{reason.text} ({reason.eqn.primitive.name}, {source_info_util.summarize(reason.eqn.source_info)})"
@@ -173,10 +183,17 @@ def analyse(function: Function, release: Sequence[str] = (), gone: Collection[st
         if not free and home not in value.news:
             for axis in value.axes:
                 labels.fix(axis.rows, _OUTPUT)
-    read = read_in(closed.jaxpr)
-    used = tuple(var in read for var in closed.jaxpr.invars[: len(function.named)])
+    weights, read = closed.jaxpr.invars[: len(function.named)], read_in(closed.jaxpr)
     return Analysis(
-        closed, jax.tree.structure(function.out), tuple(function.named), labels, starts, solve(labels), used, empty
+        closed,
+        jax.tree.structure(function.out),
+        tuple(function.named),
+        labels,
+        starts,
+        solve(labels),
+        tuple(var in read for var in weights),
+        empty,
+        tuple(map(_soft, weights)),
     )
 
 
@@ -205,13 +222,17 @@ def _inputs(
     return starts, [replace(v, news=frozenset([i] if i < count else ())) for i, v in enumerate(values)]
 
 
+def _soft(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, np.inexact)
+
+
 def _shape(var: Any) -> tuple[int, ...]:
     return var.aval.shape
 
 
 def _start(labels: Labels, var: Any, read: bool) -> tuple[Axis, ...]:
-    if not read or not jnp.issubdtype(var.aval.dtype, np.floating):
-        return tuple(Axis(labels.never(_NUMBERS if read else _UNREAD, size)) for size in var.aval.shape)
+    if not read or jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.extended):
+        return tuple(Axis(labels.never(_KEY if read else _UNREAD, size)) for size in var.aval.shape)
     return tuple(
         Axis(labels.never(_SINGLE), UNKNOWN) if size == 1 else Axis(labels.fresh(size), 0.0) for size in var.aval.shape
     )
@@ -241,8 +262,18 @@ def _alike(table: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     for same in groups.values():
         rows = np.stack([table[begin : begin + count] for _, begin, count in same])
         order = np.lexsort((rows[:, 0, 3], rows[:, 0, 2], rows[:, 0, 1]))
-        found.append((rows[order, 0, 0], rows[order]))
+        found += [(part[:, 0, 0], part) for part in _apart(rows[order])]
     return sorted(found, key=lambda pair: tuple(pair[1][0, 0, 1:]))
+
+
+def _apart(rows: np.ndarray) -> list[np.ndarray]:
+    """Units in parts that share no index: the rows and the columns of a grid are alike if it is square."""
+    places, held = np.unique(rows[:, :, 1:].reshape(-1, 3), axis=0, return_inverse=True)
+    if len(places) == held.size:
+        return [rows]
+    holds = sparse.csr_matrix((np.ones(held.size, np.int32), held.ravel(), np.arange(0, held.size + 1, rows.shape[1])))
+    part = connected_components((holds @ holds.T).toarray() == 0, directed=False)[1]
+    return [rows[part == number] for number in range(part.max() + 1)]
 
 
 def _members(analysis: Analysis, rows: np.ndarray) -> tuple[tuple[str, int, np.ndarray], ...]:

@@ -16,9 +16,10 @@ class Unsettled(Enum):
 
     COMPUTABLE = "computable"  # `Value.part` makes it from what is alive
     UNKNOWN = "unknown"
+    WILD = "wild"  # unknown, and perhaps no finite number: zero times that is not zero
 
 
-COMPUTABLE, UNKNOWN = Unsettled.COMPUTABLE, Unsettled.UNKNOWN
+COMPUTABLE, UNKNOWN, WILD = Unsettled
 Dead = float | Unsettled
 
 
@@ -77,17 +78,29 @@ class Value:
         return replace(self, axes=tuple(axis.settled() for axis in self.axes), part=None)
 
 
-def living(labels: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """Whether these labels live, by what is told of each; those below 0 always do."""
-    found = np.ones(labels.shape, bool)
-    found[labels >= 0] = alive[labels[labels >= 0]]
-    return found
-
-
 def join(deads: Sequence[Dead]) -> Dead:
     """What stands at dead indices that come from one of several places."""
     first, *rest = deads
-    return first if not isinstance(first, Unsettled) and all(same(first, other) for other in rest) else UNKNOWN
+    return first if not isinstance(first, Unsettled) and all(same(first, other) for other in rest) else vague(*deads)
+
+
+def vague(*deads: Dead) -> Dead:
+    """What is left to say of what was made of these in a way that is not followed.
+
+    Infinities that the function itself writes, as masks do, are met by what lives too: no more is feared of them.
+    """
+    return WILD if any(dead is WILD or same(dead, math.nan) for dead in deads) else UNKNOWN
+
+
+def is_zero(factors: Sequence[Dead]) -> bool:
+    """Whether a product of these is zero: one of them is, and all are finite."""
+    infinite = any(not isinstance(dead, Unsettled) and math.isinf(dead) for dead in factors)
+    return 0.0 in factors and vague(*factors) is UNKNOWN and not infinite
+
+
+def sum_of(dead: Dead) -> Dead:
+    """What stands at the dead indices of a weighted sum over another axis: a sum of zeros is zero."""
+    return 0.0 if same(dead, 0.0) else vague(dead)
 
 
 def same(a: Dead, b: Dead) -> bool:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
-from prune_jax.groups.labels import Labels, Reason
-from prune_jax.groups.values import COMPUTABLE, Axis, Unsettled, Value, living
+from prune_jax.groups.labels import Labels, Reason, living
+from prune_jax.groups.values import COMPUTABLE, Axis, Unsettled, Value
 
 Rule = Callable[["Walk", JaxprEqn, list[Value]], list[Value]]
 RULES: dict[str, Rule] = {}  # primitive -> what its equations tie, and how they are rewritten
@@ -86,10 +86,16 @@ class Walk:
         return Value(axes, None, known, array, None, True, True)
 
     def cut(self, value: Value) -> Value:
-        """A constant as what it meets makes of it: its axes are free; other values as they are."""
-        if not value.whole or not value.axes:
+        """A constant as what it meets makes of it: its axes are free at each use; other values as they are."""
+        if not value.axes or not (value.whole or value.const is not None):
             return value
-        return self.source(lambda: value.array, value.shape, value.known)
+        if value.const is None:
+            return self.source(lambda: value.array, value.shape, value.known)
+        axes = tuple(Axis(self.labels.fresh(size), value.const) for size in value.shape)
+        array = value.array
+        if array is not None:
+            array = jnp.full([self.size(axis) for axis in axes], value.const, array.dtype)
+        return Value(axes, value.const, value.known, array, weights=True)
 
     def constant(self, whole: Any) -> Value:
         """A value that stands in the function itself. Its elements at dead indices are what they are."""
