@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from prune_jax.report.facts import Histogram, LossPanel, Series
 
 DRAWING = threading.Lock()  # matplotlib reads its settings for SVG from the process
-COLOURS = 6  # of pruned networks; page.css has as many
+COLOURS = 9  # of pruned networks; page.css has as many
 INK, MUTED, GRID, SURFACE, DENSE = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface", DENSE: "dense"}
 VARIABLES |= {f"#0a0b1{i}": f"c{i}" for i in range(COLOURS)}
