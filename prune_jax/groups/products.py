@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from prune_jax.groups.values import UNKNOWN, Axis, Dead, Value, is_zero, same, sum_of, vague
+from prune_jax.groups.values import Axis, Dead, Value, is_zero, same, sum_of, vague
 from prune_jax.groups.walk import Walk, bind, opaque, rule, shape_of
 
 
