@@ -2288,9 +2288,9 @@ def int8_kernels_dequantised(make, n):
     params = {
         "q": make.ids(100, 5, 6).astype(jnp.int8),
         "z": make.ids(9, 6),
-        "s": make(6),
+        "s": 0.02 * make(6),
         "q2": make.ids(100, 6, 3).astype(jnp.int8),
-        "s2": make(3),
+        "s2": 0.02 * make(3),
     }
     return apply, params, (make(n, 5),)
 
@@ -2502,3 +2502,57 @@ def egnn_pairwise(make, n):
 
     params = {"e": make(3, 5), "m": make(11, 6), "c": make(6, 1), "u": make(6, 5), "o": make(5, 2)}
     return apply, params, (make(n, 4, 3), make(n, 4, 3))
+
+
+@network({})
+def divided_by_how_many_are_positive(make, n):
+    """Of a pruned channel none is: zero by zero, and the masked network is no number."""
+
+    def apply(p, x):
+        h = relu(x @ p["a"])
+        return h.sum(1) / (h > 0).sum(1) @ p["o"]
+
+    return apply, {"a": make(5, 6), "o": make(6, 2)}, (make(n, 8, 5),)
+
+
+@network({"a:1 o:0": 6})
+def divided_by_what_is_guarded(make, n):
+    def apply(p, x):
+        h = relu(x @ p["a"])
+        counts = (h > 0).sum(1)
+        return h.sum(1) / jnp.where(counts == 0, 1, counts) @ p["o"]
+
+    return apply, {"a": make(5, 6), "o": make(6, 2)}, (make(n, 8, 5),)
+
+
+@network({})
+def instance_norm_without_epsilon(make, n):
+    def apply(p, x):
+        h = relu(x @ p["a"])
+        return ((h - h.mean(1, keepdims=True)) / h.std(1, keepdims=True)).max(1) @ p["o"]
+
+    return apply, {"a": make(5, 6), "o": make(6, 2)}, (make(n, 8, 5),)
+
+
+@network({"k:1 q:1": 4})
+def normed_queries_without_epsilon(make, n):
+    """A pruned head would divide zero by zero; a pruned dimension of it does not."""
+
+    def apply(p, x):
+        q, k, v = (heads(x @ p[name], 2) for name in "qkv")
+        q, k = (t / jnp.linalg.norm(t, axis=-1, keepdims=True) for t in (q, k))
+        return attend(q, k, v).reshape(*x.shape[:2], -1) @ p["o"]
+
+    return apply, {"q": make(4, 8), "k": make(4, 8), "v": make(4, 6), "o": make(6, 2)}, (make(n, 3, 4),)
+
+
+@network({"d:1 u:2": 5, "d:2 e:1 o:0 q:0 r:0 u:1": 6})
+def experts_looked_up_for_each_row(make, n):
+    def apply(p, x):
+        h = x @ p["e"]
+        chosen = (h @ p["r"]).argmax(-1)
+        y = jnp.einsum("bf,bfd->bd", gelu(jnp.einsum("bd,bdf->bf", h, p["u"][chosen])), p["d"][chosen])
+        return (h + y) @ p["o"], jnp.zeros((4, 6)).at[chosen].add(y) @ p["q"]
+
+    params = {"e": make(3, 6), "r": make(6, 4), "u": make(4, 6, 5), "d": make(4, 5, 6), "o": make(6, 2)}
+    return apply, params | {"q": make(6, 2)}, (make(n, 3),)

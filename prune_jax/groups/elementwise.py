@@ -24,27 +24,35 @@ shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh threefr
 """.split()
 
 # What they make of numbers known beforehand; all others' results are computed when they are needed.
-_NUMBERS: dict[str, Callable[..., float]] = {
+_NUMBERS: dict[str, Callable[..., float | None]] = {
     "abs": abs,
     "add": lambda a, b: a + b,
     "add_any": lambda a, b: a + b,
     "conj": lambda a: a,
+    "cos": lambda a: math.cos(a) if math.isfinite(a) else math.nan,
     "convert_element_type": lambda a: a,
     "copy": lambda a: a,
     "copy_p": lambda a: a,
     "device_put": lambda a: a,
     "div": lambda a, b: a / b,
+    "eq": lambda a, b: float(a == b),
     "erf": math.erf,
     "exp": lambda a: math.inf if a > 700 else math.exp(a),
+    "ge": lambda a, b: float(a >= b),
+    "gt": lambda a, b: float(a > b),
     "imag": lambda a: 0.0,
     "layout_constraint": lambda a: a,
+    "le": lambda a, b: float(a <= b),
     "log": lambda a: math.log(a) if a > 0 else (-math.inf if a == 0 else math.nan),
     "logistic": lambda a: 1 / (1 + math.exp(-max(a, -700.0))),
+    "lt": lambda a, b: float(a < b),
     "max": lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else max(a, b),
     "min": lambda a, b: math.nan if math.isnan(a) or math.isnan(b) else min(a, b),
     "mul": lambda a, b: a * b,
     "name": lambda a: a,
+    "ne": lambda a, b: float(a != b),
     "neg": lambda a: -a,
+    "pow": lambda a, b: a**b if 1e-9 < a < 1e9 and -9 < b < 9 else (0.0 if a == 0 < b else None),
     "real": lambda a: a,
     "reduce_precision": lambda a: a,
     "reshard": lambda a: a,
@@ -58,6 +66,7 @@ _NUMBERS: dict[str, Callable[..., float]] = {
     "tan": lambda a: math.tan(a) if math.isfinite(a) else math.nan,
     "tanh": math.tanh,
 }
+_COMPARISONS = frozenset("eq ge gt le lt ne".split())
 _COMPLEX = frozenset(
     "add add_any conj convert_element_type copy div exp imag mul name neg real square stop_gradient sub".split()
 )
@@ -78,7 +87,9 @@ def elementwise(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]
             operand.axes[i].dead if operand.axes and operand.axes[i].size == size else number
             for operand, number in zip(operands, numbers, strict=True)
         ]
-        axes.append(Axis(rows, dead_value(eqn, deads)))
+        if eqn.primitive.name == "div" and operands[1].axes and operands[1].axes[i].size == size:
+            deads[1] = WILD if deads[1] is COMPUTABLE and same(deads[0], 0.0) and not operands[1].known else deads[1]
+        axes.append(Axis(rows, dead_value(eqn, deads)))  # above: it may be zero where what lives is not
 
     def part(i: int) -> Any:
         parts = [
@@ -109,10 +120,16 @@ def dead_value(eqn: JaxprEqn, deads: Sequence[Dead]) -> Dead:
         return 0.0
     if name == "select_n" and numbers and all(same(deads[1], case) for case in deads[2:]):
         return deads[1]
+    if (
+        name == "select_n"
+        and not isinstance(deads[0], Unsettled)
+        and not isinstance(deads[1 + int(deads[0])], Unsettled)
+    ):
+        return deads[1 + int(deads[0])]
     if len(numbers) == len(deads):
         if name == "complex" and numbers[1] == 0:
             return numbers[0]
-        if not _of_real_numbers(eqn):
+        if not _of_real_numbers(eqn, numbers):
             return COMPUTABLE
         if name == "div" and numbers[1] == 0:
             return math.nan if numbers[0] == 0 else WILD  # an infinity, whose sign is that of the zero
@@ -122,23 +139,23 @@ def dead_value(eqn: JaxprEqn, deads: Sequence[Dead]) -> Dead:
             return numbers[0] ** eqn.params["y"]
         if name == "clamp":
             return min(max(numbers[1], numbers[0]), numbers[2])
-        if name in _NUMBERS:
-            made = float(_NUMBERS[name](*numbers))
+        made = _NUMBERS[name](*numbers) if name in _NUMBERS else None
+        if made is not None:
             return WILD if math.isinf(made) and all(map(math.isfinite, numbers)) else made
     if UNKNOWN in deads or WILD in deads or eqn.primitive.multiple_results:
         return vague(*deads)
     return COMPUTABLE
 
 
-def _of_real_numbers(eqn: JaxprEqn) -> bool:
+def _of_real_numbers(eqn: JaxprEqn, numbers: Sequence[float]) -> bool:
     """Whether what it makes of real numbers is the same number whatever the types of its operands and its output."""
     types = [dtype_of(atom) for atom in (eqn.outvars[0], *eqn.invars)]
     name = eqn.primitive.name
     if name == "convert_element_type":
-        types = types[:1]
+        types = types[:1] if all(number not in (0, 1) for number in numbers) else []
     if any(jnp.issubdtype(t, np.complexfloating) for t in types):
         return name in _COMPLEX
-    return all(jnp.issubdtype(t, np.floating) for t in types)
+    return name in _COMPARISONS or all(jnp.issubdtype(t, np.floating) for t in types)
 
 
 @rule("bitcast_convert_type")

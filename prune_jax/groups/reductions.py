@@ -66,7 +66,8 @@ def reduce(walk: Walk, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         elif dead in (UNKNOWN, WILD) or len(harmless) < len(gone):
             axes.append(Axis(x.axes[d].rows, vague(dead)))
         else:
-            axes.append(Axis(x.axes[d].rows, dead if name in ("reduce_max", "reduce_min") else COMPUTABLE))
+            held = name in ("reduce_max", "reduce_min") or same(dead, math.nan)
+            axes.append(Axis(x.axes[d].rows, dead if held else COMPUTABLE))
     return walk.outputs(eqn, [axes], operands, rewrite=rewrite, part=part)
 
 

@@ -100,7 +100,8 @@ class Walk:
     def constant(self, whole: Any) -> Value:
         """A value that stands in the function itself. Its elements at dead indices are what they are."""
         if not np.ndim(whole):
-            real = jnp.issubdtype(jax.dtypes.result_type(whole), np.floating) or isinstance(whole, int | np.integer)
+            dtype = jax.dtypes.result_type(whole)
+            real = jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer)
             return Value((), float(whole) if real else None, lambda: whole, whole, None, True)
         return self.whole(whole, np.shape(whole), lambda: whole)
 
