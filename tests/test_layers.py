@@ -182,6 +182,12 @@ def an_output_of_its_own(p, x):
     return (x + inner) @ p["out"], inner
 
 
+def divided_by_its_own_length(p, x):
+    x = x @ p["in"]
+    inner = mlp(p["a"], x)
+    return (x + inner * lax.rsqrt(jnp.mean(inner * inner, -1, keepdims=True))) @ p["out"]
+
+
 def multiplied(p, x):
     x = x @ p["in"]
     return (x * mlp(p["a"], x)) @ p["out"]
@@ -200,6 +206,7 @@ NONE = {
     "what is left would not be zero": (what_is_left_would_not_be_zero, {**ENDS, "a": branch()}),
     "read elsewhere too": (read_elsewhere_too, {**ENDS, "a": branch()}),
     "an output of its own": (an_output_of_its_own, {**ENDS, "a": branch()}),
+    "divided by its own length": (divided_by_its_own_length, {**ENDS, "a": branch()}),
     "multiplied": (multiplied, {**ENDS, "a": branch()}),
     "stacked and scanned": (
         stacked_and_scanned,

@@ -22,9 +22,12 @@ _FIRST = _SAME | {  # zero if the first operand is
     *("neg", "abs", "sign", "sqrt", "cbrt", "square", "integer_pow", "tanh", "sin", "tan", "asin", "atan", "sinh"),
     *("asinh", "erf", "expm1", "log1p", "floor", "ceil", "round", "reshape", "transpose", "squeeze", "rev", "slice"),
     *("broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min", "reduce_window_sum", "reduce_window_max"),
-    *("cumsum", "real", "imag", "dynamic_slice", "gather", "stop_gradient"),
+    *("cumsum", "real", "imag", "dynamic_slice", "gather", "stop_gradient", "div"),
 }
-_ALL = {"add", "sub", "max", "min", "concatenate", "pad", "add_any", "atan2"}  # zero if all operands are
+_ALL = {"add", "sub", "max", "min", "concatenate", "pad", "add_any"}  # zero if all operands are
+
+
+_WILD = {"rsqrt", "log", "pow", "digamma", "lgamma", "atan2"}  # what is infinite, or none, at zero
 
 
 @dataclass(frozen=True)
@@ -214,28 +217,38 @@ def _reached(
 
 
 def _is_zero(graph: Graph, candidate: _Candidate, params: Iterable[int]) -> bool:
-    """Whether a branch adds zero once these parameters are zero."""
-    zero = {*graph.zeros, *params}
+    """Whether a branch adds zero once these parameters are zero; zero times what may be infinite is not."""
+    zero, wild = {*graph.zeros, *params}, set[int]()
     for number in sorted(candidate.inside):
         node = graph.nodes[number]
-        if _keeps_zero(node, zero):
+        is_zero = [value in zero for value in node.ins]
+        if not wild.isdisjoint(node.ins) or _is_wild(node, is_zero):
+            wild.update(node.outs)
+        elif _keeps_zero(node, is_zero):
             zero.update(node.outs)
     return candidate.branch in zero
 
 
-def _keeps_zero(node: Node, zero: set[int]) -> bool:
+def _is_wild(node: Node, is_zero: Sequence[bool]) -> bool:
+    """Whether it may be infinite or no number at zeros."""
     name = node.eqn.primitive.name
-    is_zero = [value in zero for value in node.ins]
+    if name == "div":
+        return is_zero[1]
+    return is_zero[0] and (name in _WILD or (name == "integer_pow" and node.eqn.params["y"] < 0))
+
+
+def _keeps_zero(node: Node, is_zero: Sequence[bool]) -> bool:
+    name = node.eqn.primitive.name
     if name in _ANY:
         return any(is_zero)
     if name == "integer_pow":
         return is_zero[0] and node.eqn.params["y"] > 0
     if name in _FIRST:
         return is_zero[0]
-    if name == "div":
-        return is_zero[0] and not is_zero[1]
-    if name in ("select_n", "dynamic_update_slice"):
-        return all(is_zero[1:] if name == "select_n" else is_zero[:2])
+    if name == "select_n":
+        return all(is_zero[1:])
+    if name == "dynamic_update_slice":
+        return all(is_zero[:2])
     return name in _ALL and all(is_zero)
 
 
