@@ -121,7 +121,10 @@ def test_networks_of_users(name):
 REFUSED = {
     "a_gradient_by_the_input": "select_and_scatter_add", "associative_scan": "pad between",
     "fourier_transformed_channels": "fft", "one_channel_is_set": "scatter", "one_place_is_set": "scatter",
-    "sorted_channels": "sort", "the_largest_channels": "top_k",
+    "sorted_channels": "sort", "rope_by_complex_numbers": "complex", "complex_kernels": "complex",
+    "s5_with_complex_state": "complex|pad between", "moe_top2_dense_dispatch": "top_k", "min_gru": "cumlogsumexp",
+    "stylegan_modulated_convolution": "reshape in another order", "scatter_adds_to_sigmoids": "scatter-add",
+    "ragged_experts": "sort", "experts_looked_up_for_each_row": "scatter-add", "the_largest_channels": "top_k",
 }  # fmt: skip
 ELSEWHERE = {
     "mixed_precision": "the runtime has no bfloat16",

@@ -133,7 +133,7 @@ def walk(graph: Graph, pair: Pair, inputs: list[Value]) -> list[Value]:
         raise PruneError(f"the network computes otherwise for other batch sizes: it cannot be written as ONNX. {MEND}")
 
     def read(a: Any, b: Any) -> Value:
-        return _constant(graph, a.val, b.val) if isinstance(a, Literal) else known[a]
+        return _constant(graph, a.val, b.val, a.aval.dtype) if isinstance(a, Literal) else known[a]  # type: ignore[attr-defined]
 
     for eqn, twin in zip(one.jaxpr.eqns, other.jaxpr.eqns, strict=True):
         operands = [read(a, b) for a, b in zip(eqn.invars, twin.invars, strict=True)]
@@ -157,6 +157,8 @@ def _equation(graph: Graph, eqn: JaxprEqn, twin: JaxprEqn, operands: list[Value]
         and not eqn.effects
     ):
         return [constant(array) for array in fold(eqn, [operand.whole for operand in operands])]
+    if any(np.issubdtype(a.dtype, np.complexfloating) for a in avals):
+        raise step.refuse("of complex numbers")
     if step.name not in RULES:
         raise PruneError(f"the primitive {step.name!r} has no translation to ONNX. {MEND}")
     made = RULES[step.name](graph, step, *operands)
@@ -182,12 +184,12 @@ def _check_params(step: Step) -> None:
             raise step.refuse(f"with `{name}` that follows the batch")
 
 
-def _constant(graph: Graph, one: Any, other: Any) -> Value:
+def _constant(graph: Graph, one: Any, other: Any, dtype: Any = None) -> Value:
     """A number or array that stands in the function; a number may be the size of the batch."""
     if jax.dtypes.issubdtype(jax.dtypes.result_type(one), jax.dtypes.extended):
         return constant(one)
-    array = np.asarray(one)
-    if one is other or (array.shape == np.shape(other) and array.tobytes() == np.asarray(other).tobytes()):
+    array = np.asarray(one, dtype)  # a Python number has the type that the function takes it for
+    if one is other or (array.shape == np.shape(other) and array.tobytes() == np.asarray(other, dtype).tobytes()):
         return constant(array)
     if array.ndim == 0 and np.ndim(other) == 0 and float(one).is_integer() and float(other).is_integer():
         scalar = graph.add("Reshape", graph.vector((size(int(one), int(other)),)), graph.numbers())
