@@ -13,6 +13,10 @@ SCOPES = {
     "global": ("all layers compete", ""),
     "layer": ("each layer loses the same share", ""),
     "erk": ("density of a layer ∝ sum(shape) / prod(shape)", "Evci et al. 2020, arXiv:1911.11134"),
+    "lamp": (
+        "all compete by s² / (sum of the squares not smaller in their layer); scores >= 0",
+        "Lee et al. 2021, arXiv:2010.07611",
+    ),
     "isomorphic": ("groups that do the same in different places compete", "Fang et al. 2024, arXiv:2407.04616"),
     "{pattern: sparsity}": ("each layer has its own sparsity; first pattern that fits", ""),
 }

@@ -21,10 +21,11 @@ from prune_jax.masks import apply_masks
 from prune_jax.models import Variables
 from prune_jax.networks import (
     Arrays,
+    Batches,
     Loaded,
     Metrics,
     as_arrays,
-    batches_of,
+    at_rest,
     cut_variables,
     evaluator_of,
     groups_for,
@@ -134,9 +135,12 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
     loaded = read_network(store, call.inputs["network"])
     data = dataset_of(call.problem)
     criterion, granularity = call.settings["criterion"], call.settings.get("granularity", "weight")
+    network = network_for(call.problem, loaded.keep)
     given: dict[str, Any] = {
-        "loss": mean_loss(network_for(call.problem, loaded.keep), call.problem.objective, loaded.variables.state),
-        "batches": batches_of(data.train, call, criterion.get("batches"), report),
+        "loss": mean_loss(network, call.problem.objective, loaded.variables.state),
+        "batches": Batches(data.train, call, criterion.get("batches"), report),
+        "apply": at_rest(network, loaded.variables.state),
+        "inputs": inputs_of(sample_of(data)),
         "exclude": tuple(call.settings.get("exclude", ())),
         "key": jax.random.key(call.seed),
         "options": criterion.get("options", {}),

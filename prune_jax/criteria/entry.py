@@ -12,6 +12,7 @@ from prune_jax.arguments import check_arguments
 from prune_jax.errors import UserMistake
 from prune_jax.notation import FAMILIES
 from prune_jax.registry import Registry, load_object
+from prune_jax.statistics import DRAWN, OF_NETWORK, OPTIONS
 from prune_jax.trees import PyTree
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "prune_jax.criteria")
@@ -22,7 +23,8 @@ class Criterion:
     """A criterion: its function and the facts that validate recipes, gather statistics, and are cited.
 
     `function(params, stats, *, key, **options)` answers float32 scores shaped like `params`, which holds None where
-    nothing is prunable; the lowest die first. It takes `key` if it draws random numbers.
+    nothing is prunable; the lowest die first. It takes `key` if it draws random numbers. An option that
+    `statistics.gather` has, too, such as `probes`, is handed to it.
     """
 
     name: str
@@ -39,12 +41,17 @@ class Criterion:
 
     @property
     def data_free(self) -> bool:
-        """Whether it looks at the weights alone."""
-        return not self.needs and self.combine != "unit and loss"
+        """Whether it looks at no data: at the weights alone, or at the network."""
+        return self.needs <= OF_NETWORK and self.combine != "unit and loss"
 
     @property
     def stochastic(self) -> bool:
-        """Whether it draws random numbers, and so takes a key."""
+        """Whether it, or what it needs, draws random numbers."""
+        return self.takes_key or bool(self.needs & DRAWN)
+
+    @property
+    def takes_key(self) -> bool:
+        """Whether the function itself draws random numbers."""
         return "key" in inspect.signature(self.function).parameters
 
     @cached_property
@@ -57,6 +64,10 @@ class Criterion:
         """The fields of Statistics that it needs under these options."""
         return next((fields for name, fields in self.needs_if.items() if options.get(name)), self.needs)
 
+    def gathering(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of its options that say how statistics are gathered."""
+        return {name: value for name, value in {**self.options, **options}.items() if name in OPTIONS}
+
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses options that it does not take, and values of another kind than the default's."""
         try:
@@ -66,6 +77,8 @@ class Criterion:
         for name, value in options.items():
             if isinstance(self.options[name], bool) and not isinstance(value, bool):
                 raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be true or false")
+            if name in COUNTS and (type(value) is not int or value < 1):
+                raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be a whole number from 1 on")
             if name == "p" and value not in NORMS:
                 raise UserMistake(f"criterion {self.name!r}: p = {value!r} is not possible (allowed: 1, 2, inf)")
 
@@ -79,6 +92,7 @@ class Criterion:
 
 
 OURS = ("key", "loss", "batches")  # what a criterion is given, and no option
+COUNTS = ("probes",)
 NORMS = {1: "sum", 2: "l2", float("inf"): "max", "inf": "max"}
 
 
