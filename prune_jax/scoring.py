@@ -1,4 +1,4 @@
-"""Scores and masks in one call each: `pj.score` and `pj.mask`."""
+"""Scores, masks and corrected weights in one call each: `pj.score`, `pj.mask` and `pj.compensate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from prune_jax.allocation import TARGETS, Scope, allocate
-from prune_jax.criteria import Criterion, find
+from prune_jax.criteria import CRITERIA, Criterion, find
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.granularity import (
     Written,
@@ -21,7 +21,7 @@ from prune_jax.granularity import (
     unit_shape,
     weight_masks,
 )
-from prune_jax.masks import check_collapse, check_finite, choose, choose_n_of_m
+from prune_jax.masks import check_collapse, check_finite, choose, choose_n_of_m, masks_of
 from prune_jax.notation import Granularity
 from prune_jax.selection import shares
 from prune_jax.statistics import OF_NETWORK, Apply, Loss, Statistics, flow, gather
@@ -146,6 +146,59 @@ def score(
     scores = unit_scores(scores, unit, combine=entry.combine_with(options))
     check_finite(scores, entry.name)
     return scores
+
+
+def compensate(
+    criterion: str | Criterion,
+    params: PyTree,
+    masks: PyTree,
+    *,
+    loss: Loss,
+    batches: Iterable[PyTree],
+    options: Mapping[str, Any] | None = None,
+) -> PyTree:
+    """Puts masks on weights as a solver does: those that survive make up for those that die.
+
+    Args:
+        criterion: a solver, such as `woodfisher`; the masks may be anybody's.
+        params: the weights before pruning, any pytree of arrays; what is dead already is zero in them.
+        masks: bool arrays under the same paths, True = alive, as `mask` answers them; other leaves stay as they are.
+        loss: as in `score`.
+        batches: as in `score`.
+        options: of the criterion.
+
+    Returns:
+        `params` with zeros where masked and the masked leaves' other weights corrected; types are kept.
+
+    Raises:
+        UserMistake: the criterion is no solver, an option is unknown, or a mask fits no parameter.
+        NonFiniteScoreError: a weight came out NaN or infinite.
+
+    >>> params = {"w": jnp.array([[3.0], [1.0]])}  # two inputs that are always equal
+    >>> batches = [jnp.array([[1.0, 1.0], [2.0, 2.0]])]
+    >>> words = {"loss": lambda p, x: jnp.mean(jnp.square(x @ p["w"] - 1)), "batches": batches}
+    >>> masks = mask(score("woodfisher", params, **words), sparsity=0.5)
+    >>> compensate("woodfisher", params, masks, **words)["w"].round(1).ravel()
+    Array([4., 0.], dtype=float32)
+    """
+    entry = find(criterion) if isinstance(criterion, str) else criterion
+    if entry.compensate is None:
+        known = ", ".join(name for name in CRITERIA if CRITERIA[name].compensate)
+        raise UserMistake(f"criterion {entry.name!r} does not correct the survivors: choose {known}, or apply_masks.")
+    options = dict(options or {})
+    entry.check_options(options)
+    alive = masks_of(params, masks)
+    stats = gather(entry.needs_with(options), loss, params, batches, prunable=alive, **entry.gathering(options))
+    chosen = jax.tree.map(jnp.asarray, select(params, alive))
+    kept = map_by_path(lambda path, _: jnp.asarray(alive[path], bool), chosen)
+    solved = leaves_by_path(_compensated(chosen, stats, kept, entry.compensate, tuple(sorted(options.items()))))
+    check_finite(solved, entry.name)
+    return map_by_path(lambda path, leaf: solved.get(path, leaf), params)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _compensated(params: PyTree, stats: Statistics, masks: PyTree, function: Any, options: tuple) -> PyTree:
+    return function(params, stats, masks, **dict(options))
 
 
 @partial(jax.jit, static_argnums=(3, 4))

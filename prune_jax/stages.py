@@ -43,7 +43,7 @@ from prune_jax.problems import dataset_of, network_of, sample_of
 from prune_jax.progress import Progress, Report, silent
 from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, StageCall, StageResult, Status
 from prune_jax.schedules import iterative
-from prune_jax.scoring import mask, score
+from prune_jax.scoring import compensate, mask, score
 from prune_jax.trees import PyTree, leaves_by_path
 
 
@@ -156,12 +156,13 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
 
 
 def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
-    """The network under masks of its lowest scores."""
+    """The network under masks of its lowest scores; a solver corrects the weights that survive."""
     if call.settings.get("granularity") in WIRED:
         return mask_groups(call, store, report)
     loaded = read_network(store, call.inputs["network"])
     (params, state), alive = loaded.variables, loaded.masks
-    scores = like(params, store.read(call.inputs["scores"])[0].get("scores", {}))
+    scored, meta = store.read(call.inputs["scores"])
+    scores = like(params, scored.get("scores", {}))
     settings = call.settings
     masks = mask(
         scores,
@@ -172,6 +173,17 @@ def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays,
         alive=alive,
         params=params,
     )
+    criterion = meta["call"]["settings"]["criterion"]
+    if find(criterion["name"]).compensate:
+        network = network_for(call.problem, loaded.keep)
+        params = compensate(
+            criterion["name"],
+            params,
+            masks,
+            loss=mean_loss(network, call.problem.objective, state),
+            batches=Batches(dataset_of(call.problem).train, call, criterion.get("batches"), report),
+            options=criterion.get("options", {}),
+        )
     if alive is not None:  # leaves that were not scored this time keep what they had: what is dead stays dead
         masks = like(params, leaves_by_path(alive) | leaves_by_path(masks))
     variables = Variables(jax.device_get(apply_masks(params, masks)), state)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from prune_jax.blocks import cut, grid
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.trees import PyTree, leaves_by_path, select
 
@@ -23,7 +24,10 @@ CHUNK_BYTES_ELSEWHERE = 1 << 28
 
 
 class Statistics(NamedTuple):
-    """Means over batches weighted by their examples; float32, shaped like the weights; None where not asked for."""
+    """Means over batches weighted by their examples; float32, shaped like the weights; None where not asked for.
+
+    `fisher_blocks` is `[outputs, blocks, size, size]` for each leaf.
+    """
 
     gradient: PyTree | None = None  # mean of g = dL/dw: the gradient of the whole set
     gradient_abs: PyTree | None = None  # mean of |g| over batches
@@ -31,6 +35,7 @@ class Statistics(NamedTuple):
     example_gradient_square: PyTree | None = None  # mean over examples of g_i^2, g_i the gradient of one example alone
     hessian_gradient: PyTree | None = None  # H g: the Hessian of the whole set times the gradient of the whole set
     hessian_diagonal: PyTree | None = None  # mean over batches and random signs z of z * (H z), estimates diag(H)
+    fisher_blocks: PyTree | None = None  # mean over examples of g_i g_i^T in the blocks of `blocks.cut`
     flow: PyTree | None = None  # dR/d|w| of the network alone, see `flow`
 
 
@@ -42,10 +47,11 @@ _OF_BATCH: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 _OF_EXAMPLE = "example_gradient_square"
 _SECOND_PASS = "hessian_gradient"
 _PROBED = "hessian_diagonal"
+_BLOCKS = "fisher_blocks"
 
 OF_NETWORK = frozenset({"flow"})  # fields that no batch is needed for, but the network
 DRAWN = frozenset({_PROBED})  # fields that take a key
-OPTIONS = frozenset({"probes"})  # of a criterion, that `gather` takes
+OPTIONS = frozenset({"probes", "block"})  # of a criterion, that `gather` takes
 
 Loss = Callable[[PyTree, PyTree], jax.Array]
 Apply = Callable[..., PyTree]
@@ -60,6 +66,7 @@ def gather(
     prunable: Collection[str] | None = None,
     key: jax.Array | None = None,
     probes: int = 10,
+    block: int = 64,
 ) -> Statistics:
     """Gathers the fields of `Statistics` that are needed, in one pass; in two where `hessian_gradient` is.
 
@@ -77,6 +84,8 @@ def gather(
         prunable: paths of the leaves to differentiate by; left out, all floating leaves.
         key: a PRNG key, for `hessian_diagonal`.
         probes: random signs z for each batch (Hutchinson): the variance of z * (H z) falls with probes times batches.
+        block: the weights in a block of `fisher_blocks`, which hold (weights) x (block) numbers, and as many again
+            while gradients are added.
 
     Returns:
         Trees like `params`, None for other leaves.
@@ -106,10 +115,11 @@ def gather(
                 "else can be read twice, and no iterator."
             )
         others = (needs - {_SECOND_PASS}) | {"gradient"}
-        first = gather(others, loss, params, batches, prunable=paths, key=key, probes=probes)
+        first = gather(others, loss, params, batches, prunable=paths, key=key, probes=probes, block=block)
         product = _product_with(first.gradient, loss, params, batches, paths)
         return first._replace(hessian_gradient=product, gradient=first.gradient if "gradient" in needs else None)
-    sums = {need: _zeros(params, paths) for need in needs}
+    sums = {need: _zeros(params, paths) for need in needs - {_BLOCKS}}
+    blocks = jax.tree.map(lambda w: _no_products(w.shape, block), select(params, paths)) if _BLOCKS in needs else None
     of_batch = {need: sums[need] for need in needs if need in _OF_BATCH}
     of_example, probed = sums.get(_OF_EXAMPLE), sums.get(_PROBED)
     examples = 0
@@ -123,12 +133,17 @@ def gather(
             chunk, there = _chunk(of_example, count), jax.device_put(batch)
             for start in range(0, count, chunk):
                 of_example = _add_examples(of_example, loss, params, there, start, paths=paths, chunk=chunk)
+        if blocks is not None:
+            chunk, there = _divisor(count, block), jax.device_put(batch)
+            words = {"paths": paths, "chunk": chunk, "held": _chunk(select(params, paths), chunk), "block": block}
+            for start in range(0, count, chunk):
+                blocks = _add_products(blocks, loss, params, there, start, **words)
         examples += count
     if not examples:
         raise UserMistake(
             "there are no batches to gather statistics from; give at least one, and no exhausted iterator."
         )
-    found = {**of_batch, _OF_EXAMPLE: of_example, _PROBED: probed}
+    found = {**of_batch, _OF_EXAMPLE: of_example, _PROBED: probed, _BLOCKS: blocks}
     return Statistics(**_means({need: tree for need, tree in found.items() if tree is not None}, examples))
 
 
@@ -232,8 +247,16 @@ def _chunk(sums: PyTree, count: int) -> int:
     """Examples at once: the largest divisor of the batch whose gradients are small enough, so that one shape does."""
     one = sum(leaf.nbytes for leaf in jax.tree.leaves(sums))
     held = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
-    most = max(min(count, held // max(one, 1)), 1)
-    return next(size for size in range(most, 0, -1) if count % size == 0)
+    return _divisor(count, held // max(one, 1))
+
+
+def _divisor(count: int, most: int) -> int:
+    return next(size for size in range(max(min(count, most), 1), 0, -1) if count % size == 0)
+
+
+def _no_products(shape: tuple[int, ...], block: int) -> jax.Array:
+    outputs, count, size = grid(shape, block)
+    return jnp.zeros((outputs, count, size, size), jnp.float32)
 
 
 def _gradient(loss: Loss, params: PyTree, batch: PyTree, paths: frozenset[str]) -> PyTree:
@@ -326,6 +349,30 @@ def _add_examples(
     else:
         squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g), axis=0), jax.vmap(of_one)(examples))
     return jax.tree.map(jnp.add, sums, squares)
+
+
+@partial(jax.jit, static_argnames=("paths", "chunk", "held", "block"), donate_argnums=0)
+def _add_products(
+    sums: PyTree,
+    loss: Loss,
+    params: PyTree,
+    batch: PyTree,
+    start: int,
+    *,
+    paths: frozenset[str],
+    chunk: int,
+    held: int,
+    block: int,
+) -> PyTree:
+    """Adds g g^T of `chunk` examples; their gradients are taken `held` at a time."""
+
+    def of_one(example: PyTree) -> PyTree:
+        gradient = _gradient(loss, params, jax.tree.map(lambda a: a[None], example), paths)
+        return jax.tree.map(lambda g: cut(g, block), gradient)  # [outputs, blocks, size]
+
+    examples = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, chunk), batch)
+    gradients = jax.lax.map(of_one, examples, batch_size=held if held > 1 else None)
+    return jax.tree.map(lambda s, g: s + jnp.einsum("nobi,nobj->obij", g, g), sums, gradients)
 
 
 @partial(jax.jit, donate_argnums=0)

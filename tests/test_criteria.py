@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import prune_jax.scoring as pj
+from prune_jax.blocks import grid
 from prune_jax.criteria import CRITERIA, Criterion, criterion, find
 from prune_jax.errors import NonFiniteScoreError, UserMistake
 from prune_jax.notation import FAMILIES
@@ -97,7 +98,7 @@ def test_scores_agree_with_the_formula_by_hand(name, params, batches):
 
 
 def test_every_criterion_has_an_oracle():
-    assert {name.split()[0] for name in ORACLES} | {"random", "grasp", "obd", "synflow"} == set(NAMES)
+    assert {name.split()[0] for name in ORACLES} | {"random", "grasp", "obd", "synflow", "woodfisher"} == set(NAMES)
 
 
 GIVEN = {"loss": loss, "apply": apply, "inputs": jnp.zeros((2, 3))}
@@ -241,11 +242,21 @@ def test_scores_are_finite_float32_shaped_like_the_prunable_leaves(name, params,
             assert np.all(np.isfinite(leaf))
 
 
+def made_up(fields, weights):
+    """Statistics of the right shapes."""
+    given = {field: {"w": jnp.cos(i + weights["w"])} for i, field in enumerate(fields)}
+    if "fisher_blocks" in given:
+        outputs, blocks, size = grid(weights["w"].shape, 64)
+        matrix = jnp.eye(size) + 0.1
+        given["fisher_blocks"] = {"w": jnp.broadcast_to(matrix, (outputs, blocks, size, size))}
+    return Statistics(**given)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_jit_equals_eager_and_compiles_once(name, params, batches):
     entry = CRITERIA[name]
     weights = {"w": params["hidden"]["kernel"]}
-    stats = Statistics(*({"w": jnp.cos(i + weights["w"])} for i in range(len(Statistics._fields))))
+    stats = made_up(Statistics._fields, weights)
     words = {"key": jax.random.key(3)} if entry.takes_key else {}
     jitted = jax.jit(entry.function)
     eager = entry(weights, stats, **words)["w"]
@@ -288,7 +299,12 @@ def test_scores_of_neurons_sum_those_of_their_weights(name, params, batches):
         np.testing.assert_allclose(units[path], wanted, rtol=1e-6)
 
 
-OPTIONS = {"magnitude": {"p": 1}, "sensitivity": {"signed": False}, "obd": {"probes": 10}}
+OPTIONS = {
+    "magnitude": {"p": 1},
+    "sensitivity": {"signed": False},
+    "obd": {"probes": 10},
+    "woodfisher": {"block": 64, "dampening": 0.01},
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -310,7 +326,7 @@ def test_a_criterion_looks_at_what_it_needs_alone(name):
     entry = CRITERIA[name]
     weights = {"w": jnp.ones((2, 2))}
     words = {"key": jax.random.key(0)} if entry.takes_key else {}
-    given = Statistics(**{field: weights for field in entry.needs})
+    given = made_up(sorted(entry.needs), weights)
     assert entry(weights, given, **words)["w"].shape == (2, 2)
 
 

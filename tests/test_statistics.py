@@ -101,6 +101,7 @@ def test_only_what_is_needed_is_gathered_and_only_of_prunable_leaves(params):
         {"example_gradient_square"},
         {"hessian_gradient"},
         {"hessian_diagonal"},
+        {"fisher_blocks"},
     ],
     ids=lambda needs: "+".join(sorted(needs)),
 )
@@ -141,7 +142,7 @@ def test_a_partial_loss_hands_its_arrays_in(params):
 
 @pytest.mark.parametrize(
     "needs",
-    [{"gradient_abs"}, {"example_gradient_square"}, {"hessian_gradient"}, {"hessian_diagonal"}],
+    [{"gradient_abs"}, {"example_gradient_square"}, {"hessian_gradient"}, {"hessian_diagonal"}, {"fisher_blocks"}],
     ids=lambda needs: "+".join(sorted(needs)),
 )
 def test_memory_does_not_grow_with_the_number_of_batches(params, needs):

@@ -38,6 +38,8 @@ class Criterion:
     # over batches of (sum g w)^2, whatever the function makes of single weights. "unit": the function scores units,
     # `function(groups, leaves, **options)`, see criteria.units; "unit and loss": it takes `loss` and `batches`, too.
     combine: str = "sum"
+    # Of a solver: `compensate(params, stats, masks, **options)` answers the weights under masks, survivors corrected.
+    compensate: Callable[..., PyTree] | None = None
 
     @property
     def data_free(self) -> bool:
@@ -79,6 +81,8 @@ class Criterion:
                 raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be true or false")
             if name in COUNTS and (type(value) is not int or value < 1):
                 raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be a whole number from 1 on")
+            if name == "dampening" and (type(value) not in (int, float) or not 0 < value < float("inf")):
+                raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be a number above 0")
             if name == "p" and value not in NORMS:
                 raise UserMistake(f"criterion {self.name!r}: p = {value!r} is not possible (allowed: 1, 2, inf)")
 
@@ -92,7 +96,7 @@ class Criterion:
 
 
 OURS = ("key", "loss", "batches")  # what a criterion is given, and no option
-COUNTS = ("probes",)
+COUNTS = ("probes", "block")
 NORMS = {1: "sum", 2: "l2", float("inf"): "max", "inf": "max"}
 
 
@@ -105,6 +109,7 @@ def criterion(
     needs_if: Mapping[str, Collection[str]] | None = None,
     granularities: tuple[str, ...] = FAMILIES,
     combine: str = "sum",
+    compensate: Callable[..., PyTree] | None = None,
 ) -> Callable[[Callable[..., PyTree]], Criterion]:
     """Registers the function below it under `name`, with the facts of `Criterion`.
 
@@ -114,7 +119,7 @@ def criterion(
 
     def register(function: Callable[..., PyTree]) -> Criterion:
         instead = {option: frozenset(fields) for option, fields in (needs_if or {}).items()}
-        entry = Criterion(name, function, formula, paper, frozenset(needs), instead, granularities, combine)
+        entry = Criterion(name, function, formula, paper, frozenset(needs), instead, granularities, combine, compensate)
         return CRITERIA.add(name, entry)
 
     return register
