@@ -82,6 +82,11 @@ def _check_names(recipe: Recipe) -> None:
                 criterion = find(stage.criterion.name)
             with _at(recipe.name, f"{where}.criterion.options", stage.criterion.options):
                 criterion.check_options(stage.criterion.options)
+            if stage.criterion.perturbation and criterion.data_free:
+                with _at(recipe.name, f"{where}.criterion.perturbation", stage.criterion.perturbation.kind):
+                    raise UserMistake(
+                        f"{criterion.name} looks at no data; leave it out, or choose snip, taylor, fisher"
+                    )
             with _at(recipe.name, f"{where}.granularity", stage.granularity):
                 check_granularity(stage.granularity, criterion.granularities)
         if stage.kind == "export":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from prune_jax.networks import (
     validated,
 )
 from prune_jax.objectives import inputs_of
+from prune_jax.perturbation import perturbed
 from prune_jax.problems import dataset_of, network_of, sample_of
 from prune_jax.progress import Progress, Report, silent
 from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, StageCall, StageResult, Status
@@ -135,11 +136,9 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
     loaded = read_network(store, call.inputs["network"])
     data = dataset_of(call.problem)
     criterion, granularity = call.settings["criterion"], call.settings.get("granularity", "weight")
-    network = network_for(call.problem, loaded.keep)
     given: dict[str, Any] = {
-        "loss": mean_loss(network, call.problem.objective, loaded.variables.state),
-        "batches": Batches(data.train, call, criterion.get("batches"), report),
-        "apply": at_rest(network, loaded.variables.state),
+        **_on_data(call, loaded, criterion, jax.random.key(call.seed), report),
+        "apply": at_rest(network_for(call.problem, loaded.keep), loaded.variables.state),
         "inputs": inputs_of(sample_of(data)),
         "exclude": tuple(call.settings.get("exclude", ())),
         "key": jax.random.key(call.seed),
@@ -153,6 +152,17 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
         scores = score(entry, params, granularity=granularity, **given)
     metrics = {"units": int(sum(leaf.size for leaf in jax.tree.leaves(scores)))}
     return {"scores": jax.device_get(scores)}, metrics
+
+
+def _on_data(
+    call: StageCall, loaded: Loaded, criterion: Mapping[str, Any], key: jax.Array, report: Report
+) -> dict[str, Any]:
+    """The loss of a network and the batches that a criterion is to see of it."""
+    loss = mean_loss(network_for(call.problem, loaded.keep), call.problem.objective, loaded.variables.state)
+    batches: Any = Batches(dataset_of(call.problem).train, call, criterion.get("batches"), report)
+    if perturbation := criterion.get("perturbation"):
+        batches = perturbed(batches, **perturbation, loss=loss, params=loaded.variables.params, key=key)
+    return {"loss": loss, "batches": batches}
 
 
 def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
@@ -175,15 +185,8 @@ def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays,
     )
     criterion = meta["call"]["settings"]["criterion"]
     if find(criterion["name"]).compensate:
-        network = network_for(call.problem, loaded.keep)
-        params = compensate(
-            criterion["name"],
-            params,
-            masks,
-            loss=mean_loss(network, call.problem.objective, state),
-            batches=Batches(dataset_of(call.problem).train, call, criterion.get("batches"), report),
-            options=criterion.get("options", {}),
-        )
+        given = _on_data(call, loaded, criterion, jax.random.key(meta["call"]["seed"]), report)
+        params = compensate(criterion["name"], params, masks, options=criterion.get("options", {}), **given)
     if alive is not None:  # leaves that were not scored this time keep what they had: what is dead stays dead
         masks = like(params, leaves_by_path(alive) | leaves_by_path(masks))
     variables = Variables(jax.device_get(apply_masks(params, masks)), state)

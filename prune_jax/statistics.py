@@ -52,6 +52,10 @@ _BLOCKS = "fisher_blocks"
 OF_NETWORK = frozenset({"flow"})  # fields that no batch is needed for, but the network
 DRAWN = frozenset({_PROBED})  # fields that take a key
 OPTIONS = frozenset({"probes", "block"})  # of a criterion, that `gather` takes
+READ_TWICE = (
+    "the Hessian times the gradient takes a second pass over the batches: give a list of them, or what else can be "
+    "read twice, and no iterator."
+)
 
 Loss = Callable[[PyTree, PyTree], jax.Array]
 Apply = Callable[..., PyTree]
@@ -110,10 +114,7 @@ def gather(
         raise UserMistake("hessian_diagonal is estimated with random signs: give key=, such as jax.random.key(0).")
     if _SECOND_PASS in needs:
         if iter(batches) is batches:
-            raise UserMistake(
-                "the Hessian times the gradient takes a second pass over the batches: give a list of them, or what "
-                "else can be read twice, and no iterator."
-            )
+            raise UserMistake(READ_TWICE)
         others = (needs - {_SECOND_PASS}) | {"gradient"}
         first = gather(others, loss, params, batches, prunable=paths, key=key, probes=probes, block=block)
         product = _product_with(first.gradient, loss, params, batches, paths)
@@ -155,6 +156,8 @@ def _product_with(
     for batch in batches:
         total = _add_product(total, direction, loss, params, batch, paths=paths)
         examples += _examples(batch)
+    if not examples:
+        raise UserMistake(READ_TWICE)
     return _means({_SECOND_PASS: total}, examples)[_SECOND_PASS]
 
 
