@@ -13,21 +13,24 @@ if TYPE_CHECKING:
     from prune_jax.costs import Cost, cost
     from prune_jax.launch import run
     from prune_jax.masks import apply_masks
-    from prune_jax.scoring import mask, score
+    from prune_jax.perturbation import perturbed
+    from prune_jax.scoring import compensate, mask, score
     from prune_jax.sparse_training import masked
 
 _HOME = {
     "Cost": "prune_jax.costs",
     "apply_masks": "prune_jax.masks",
+    "compensate": "prune_jax.scoring",
     "cost": "prune_jax.costs",
     "mask": "prune_jax.scoring",
     "masked": "prune_jax.sparse_training",
+    "perturbed": "prune_jax.perturbation",
     "run": "prune_jax.launch",
     "score": "prune_jax.scoring",
     "trace": "prune_jax.compaction",
 }
 
-__all__ = ["Cost", "apply_masks", "cost", "mask", "masked", "run", "score", "trace"]
+__all__ = ["Cost", "apply_masks", "compensate", "cost", "mask", "masked", "perturbed", "run", "score", "trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,8 @@ from prune_jax.trees import matches, names_in
 
 Scope = str | Mapping[str, float]
 
-SCOPES = ("global", "layer", "erk")
+SCOPES = ("global", "layer", "erk", "lamp")
+_ONE_POOL = ("global", "lamp")
 TARGETS = ("sparsity", "keep", "threshold", "statistic", "percentile")
 STATISTICS = ("mean", "median")
 
@@ -46,7 +47,8 @@ def allocate(
 ) -> tuple[Pool, ...]:
     """Says how many units die in which pool.
 
-    `global` is one pool; `layer`, `erk` and a table are one pool for each leaf. `sparsity` and `keep` count all units,
+    `global` is one pool, and so is `lamp`, of scores that `selection.shares` made comparable; `layer`, `erk` and a
+    table are one pool for each leaf. `sparsity` and `keep` count all units,
     those that are dead already included; `threshold`, `statistic` and `percentile` make a number of each pool's living
     scores, below which they die. In `layer`, each leaf gets the sparsity, rounded; a `keep` is shared out by size.
     `erk` gives leaf l the density eps * sum(shape) / prod(shape), at most 1, with eps such that the total is as asked
@@ -54,8 +56,8 @@ def allocate(
 
     Args:
         scores: scores of units by path, finite.
-        scope: `global`, `layer`, `erk`, or {pattern: sparsity}: the first pattern that fits a leaf wins, leaves that
-            none fits stay dense, and no target is given.
+        scope: `global`, `layer`, `erk`, `lamp`, or {pattern: sparsity}: the first pattern that fits a leaf wins,
+            leaves that none fits stay dense, and no target is given.
         sparsity: fraction that dies, in [0, 1).
         keep: so many survive.
         threshold: what scores below it, as float32, dies.
@@ -84,7 +86,7 @@ def allocate(
         total = sum(sizes.values())
         survivors = int(keep) if keep is not None else total - round(sparsity * total)  # type: ignore[operator]
         _check_floor(floor, survivors, total, min_keep)
-        if scope == "global":
+        if scope in _ONE_POOL:
             return (Pool(tuple(sizes), total - survivors),)
         wanted = np.array([float(size) for size in sizes.values()])
         if scope == "erk":
@@ -93,7 +95,7 @@ def allocate(
         left = _share_out(survivors, wanted, np.array(list(floor.values())), np.array(list(sizes.values())))
         return tuple(Pool((path,), sizes[path] - int(n)) for path, n in zip(sizes, left, strict=True))
     word, amount = next((w, a) for w, a in targets.items() if a is not None)
-    groups = [tuple(scores)] if scope == "global" else [(path,) for path in scores]
+    groups = [tuple(scores)] if scope in _ONE_POOL else [(path,) for path in scores]
     below = [_below(word, amount, paths, scores, alive) for paths in groups]
     most = [sum(sizes[path] - floor[path] for path in paths) for paths in groups]
     return tuple(Pool(*pool) for pool in zip(groups, map(min, below, most), strict=True))

@@ -13,6 +13,10 @@ SCOPES = {
     "global": ("all layers compete", ""),
     "layer": ("each layer loses the same share", ""),
     "erk": ("density of a layer ∝ sum(shape) / prod(shape)", "Evci et al. 2020, arXiv:1911.11134"),
+    "lamp": (
+        "all compete by s² / (sum of the squares not smaller in their layer); scores >= 0",
+        "Lee et al. 2021, arXiv:2010.07611",
+    ),
     "isomorphic": ("groups that do the same in different places compete", "Fang et al. 2024, arXiv:2407.04616"),
     "{pattern: sparsity}": ("each layer has its own sparsity; first pattern that fits", ""),
 }
@@ -49,15 +53,24 @@ GRANULARITIES = {
     "group": ("channels, neurons, heads, widths: what the network's wiring ties; `compact` takes them away", ""),
     "layer": ("residual branches, each as a whole; what it is added to goes on alone; `compact` takes them away", ""),
 }
+PERTURBATIONS = {
+    "fgsm": ("x + ε sign(dL/dx)", "Goodfellow et al. 2015, arXiv:1412.6572"),
+    "pgd": ("such steps of 2.5 ε / steps, held within ε of x", "Madry et al. 2018, arXiv:1706.06083"),
+    "gaussian": ("x + ε n, n ~ N(0, 1)", "Sehwag et al. 2020, arXiv:2002.10509: pruning for robustness"),
+}
 
 
 def methods_tables() -> Iterator[Table]:
-    """One table each for criteria, granularities, scopes, targets and schedules."""
+    """One table each for criteria, perturbations, granularities, scopes, targets and schedules."""
     table = _table("criterion", "score (the lowest dies first)", "needs", "granularity", "paper")
     for name in CRITERIA:
         entry = CRITERIA[name]
         needs = ", ".join(sorted(entry.needs)) or "nothing"
         table.add_row(name, escape(entry.formula), needs, escape(", ".join(entry.granularities)), escape(entry.paper))
+    yield table
+    table = _table("perturbation", "of the inputs that a criterion sees", "paper")
+    for name, (formula, paper) in PERTURBATIONS.items():
+        table.add_row(name, formula, paper)
     yield table
     table = _table("granularity", "what dies together", "paper")
     for name, (meaning, paper) in GRANULARITIES.items():

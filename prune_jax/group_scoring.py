@@ -14,7 +14,7 @@ from prune_jax.criteria import Criterion
 from prune_jax.errors import UserMistake
 from prune_jax.groups import Group
 from prune_jax.scoring import prunable_paths, score
-from prune_jax.statistics import Loss, unit_taylor
+from prune_jax.statistics import Apply, Loss, unit_taylor
 from prune_jax.trees import PyTree, leaves_by_path
 
 
@@ -26,6 +26,8 @@ def score_groups(
     prefix: str = "",
     loss: Loss | None = None,
     batches: Iterable[PyTree] | None = None,
+    apply: Apply | None = None,
+    inputs: Any = None,
     exclude: Iterable[str] = (),
     kinds: Iterable[str] = (),
     key: jax.Array | None = None,
@@ -41,6 +43,8 @@ def score_groups(
         prefix: what stands before their paths in the trace, such as `params/`.
         loss: as in `score`.
         batches: as in `score`.
+        apply: as in `score`.
+        inputs: as in `score`.
         exclude: patterns of leaves that stay dense: no group is scored that holds one.
         kinds: groups of these kinds alone; left out, all.
         key: as in `score`.
@@ -67,7 +71,8 @@ def score_groups(
         return {name: np.asarray(values) for name, values in jax.device_get(found).items()}
     if combined.startswith("unit"):
         return _of_units(criterion, groups, params, prefix, loss, batches, options)
-    scores = score(criterion, params, loss=loss, batches=batches, exclude=exclude, key=key, options=options)
+    given: dict[str, Any] = {"loss": loss, "batches": batches, "apply": apply, "inputs": inputs}
+    scores = score(criterion, params, exclude=exclude, key=key, options=options, **given)
     named = {f"{prefix}{path}": leaf for path, leaf in leaves_by_path(scores).items()}
     return net.unit_scores(named, groups=groups, combine=combined)
 

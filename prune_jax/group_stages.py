@@ -18,10 +18,10 @@ from prune_jax.masks import apply_masks
 from prune_jax.models import Variables
 from prune_jax.networks import (
     Arrays,
+    Batches,
     Loaded,
     Metrics,
     as_arrays,
-    batches_of,
     groups_for,
     masked,
     network_for,
@@ -148,7 +148,7 @@ def compact(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metr
     moments = {name: small.slice({"params": tree})["params"] for name, tree in (loaded.moments or {}).items()}
     made = Loaded(variables, masks, stored(keep, shapes), jax.device_get(moments) or None)
     if most := call.settings.get("reestimate_batches"):
-        batches = map(inputs_of, batches_of(dataset_of(call.problem).train, call, most, report))
+        batches = map(inputs_of, Batches(dataset_of(call.problem).train, call, most, report))
         state = reestimate(network_for(call.problem, made.keep), variables, batches, seed=call.seed)
         variables = variables._replace(state=jax.device_get(state))
         made = made._replace(variables=variables)

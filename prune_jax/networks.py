@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -118,15 +119,33 @@ def mean_loss(network: Network, objective_name: str, state: PyTree) -> Callable[
     return jax.tree_util.Partial(_loss_function(network, objective_name), state)
 
 
-def batches_of(split: Split, call: StageCall, most: int | None, report: Report) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of a split in its own order, the last one smaller; tells how many are through."""
-    size = call.problem.data.batch_size
-    examples = examples_of(split)
-    total = min(-(-examples // size), most or examples)
-    for i in range(total):
-        rows = range(i * size, min((i + 1) * size, examples))
-        yield records_at(split, rows)
-        report(Progress(call.name, call.label, i + 1, total, "batch"))
+@functools.lru_cache(maxsize=16)
+def _forward(network: Network) -> Callable[..., PyTree]:
+    return lambda state, params, *inputs: network.apply(params, state, inputs, train=False, key=None)[0]
+
+
+def at_rest(network: Network, state: PyTree) -> Callable[..., PyTree]:
+    """The resting network, `(params, *inputs) -> outputs`; its state is an argument, so it compiles once."""
+    return jax.tree_util.Partial(_forward(network), state)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a split in its own order, the last one smaller, as often as asked; tells how many are through."""
+
+    split: Split
+    call: StageCall
+    most: int | None
+    report: Report
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        size = self.call.problem.data.batch_size
+        examples = examples_of(self.split)
+        total = min(-(-examples // size), self.most or examples)
+        for i in range(total):
+            rows = range(i * size, min((i + 1) * size, examples))
+            yield records_at(self.split, rows)
+            self.report(Progress(self.call.name, self.call.label, i + 1, total, "batch"))
 
 
 def repeated(sample: dict[str, np.ndarray], batch_size: int) -> tuple[np.ndarray, ...]:

@@ -82,7 +82,7 @@ def score_call(
 ) -> StageCall:
     """Scores of a network's units."""
     content: dict[str, Any] = {"settings": settings, "network": network.key, "data": _data_part(problem)}
-    if find(settings["criterion"]["name"]).stochastic:  # nothing else of a score is drawn
+    if _draws(settings["criterion"]):
         content["seed"] = seed
     return StageCall(
         name=name,
@@ -318,7 +318,7 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             return [rewind, call] if rewind else [call]
         case "prune":
             content = {"settings": settings, "network": parent.key, **_problem_part(problem)}
-            if stage.finetune or find(stage.criterion.name).stochastic:
+            if stage.finetune or _draws(settings["criterion"]):
                 content["seed"] = seed
             content["turns"] = {kind: VERSIONS[kind] for kind in _turns(stage)}
             if (stage.finetune and stage.finetune.rewind != "none") or stage.search:
@@ -353,6 +353,11 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             **operations,
         )
     ]
+
+
+def _draws(criterion: Mapping[str, Any]) -> bool:
+    """Whether something of a score is drawn."""
+    return find(criterion["name"]).stochastic or criterion.get("perturbation", {}).get("kind") == "gaussian"
 
 
 def _without_defaults(criterion: dict[str, Any]) -> dict[str, Any]:

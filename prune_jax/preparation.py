@@ -84,6 +84,11 @@ def _check_names(recipe: Recipe) -> None:
                 criterion.check_options(stage.criterion.options)
             with _at(recipe.name, f"{where}.criterion.combine", stage.criterion.combine):
                 criterion.combine_with(stage.criterion.options, stage.criterion.combine)
+            if stage.criterion.perturbation and criterion.data_free:
+                with _at(recipe.name, f"{where}.criterion.perturbation", stage.criterion.perturbation.kind):
+                    raise UserMistake(
+                        f"{criterion.name} looks at no data; leave it out, or choose snip, taylor, fisher"
+                    )
             with _at(recipe.name, f"{where}.granularity", stage.granularity):
                 check_granularity(stage.granularity, criterion.granularities)
         if stage.kind == "export":

@@ -1,4 +1,4 @@
-"""Scores and masks in one call each: `pj.score` and `pj.mask`."""
+"""Scores, masks and corrected weights in one call each: `pj.score`, `pj.mask` and `pj.compensate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from prune_jax.allocation import TARGETS, Scope, allocate
-from prune_jax.criteria import Criterion, find
+from prune_jax.criteria import CRITERIA, Criterion, find
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.granularity import (
     Written,
@@ -21,9 +21,10 @@ from prune_jax.granularity import (
     unit_shape,
     weight_masks,
 )
-from prune_jax.masks import check_collapse, check_finite, choose, choose_n_of_m
+from prune_jax.masks import check_collapse, check_finite, choose, choose_n_of_m, masks_of
 from prune_jax.notation import Granularity
-from prune_jax.statistics import Loss, Statistics, gather
+from prune_jax.selection import shares
+from prune_jax.statistics import OF_NETWORK, Apply, Loss, Statistics, flow, gather
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path, matches, names_in, select
 
 
@@ -75,6 +76,8 @@ def score(
     *,
     loss: Loss | None = None,
     batches: Iterable[PyTree] | None = None,
+    apply: Apply | None = None,
+    inputs: Any = None,
     prunable: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     key: jax.Array | None = None,
@@ -88,7 +91,9 @@ def score(
         criterion: a name such as `magnitude`, `module:object`, or an entry of `prune_jax.criteria`.
         params: any pytree of arrays.
         loss: `loss(params, batch) -> scalar`, a mean over the batch's examples; for criteria that need gradients.
-        batches: pytrees of arrays `[batch, ...]`; read once.
+        batches: pytrees of arrays `[batch, ...]`; read once, by `grasp` twice.
+        apply: `apply(params, *inputs) -> outputs`, for criteria that look at the network, as `synflow` does.
+        inputs: a tuple of arrays `[batch, ...]` for it, or the only one; `synflow` looks at their shapes.
         prunable: patterns of the leaves that may be pruned; left out, floating leaves of two axes or more.
         exclude: patterns of leaves that stay dense.
         key: a PRNG key, for criteria that draw random numbers.
@@ -123,20 +128,81 @@ def score(
     paths = prunable_paths(params, prunable, exclude)
     check_leaves({path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items() if path in paths}, unit)
     needs = entry.needs_with(options)
-    if needs and (loss is None or batches is None):
+    of_loss = needs - OF_NETWORK
+    if of_loss and (loss is None or batches is None):
         raise UserMistake(
             f"criterion {entry.name!r} needs gradients: give loss=, (params, batch) -> scalar, and batches=."
+        )
+    if needs & OF_NETWORK and (apply is None or inputs is None):
+        raise UserMistake(
+            f"criterion {entry.name!r} needs the network: give apply=, (params, *inputs) -> outputs, and inputs=."
         )
     if entry.stochastic and key is None:
         raise UserMistake(f"criterion {entry.name!r} draws random numbers: give key=, such as jax.random.key(0).")
     stats = Statistics()
-    if loss is not None and batches is not None and needs:
-        stats = gather(needs, loss, params, batches, prunable=paths)
+    if loss is not None and batches is not None and of_loss:
+        stats = gather(of_loss, loss, params, batches, prunable=paths, key=key, **entry.gathering(options))
+    if apply is not None and needs & OF_NETWORK:
+        given = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+        stats = stats._replace(flow=flow(apply, params, given, prunable=paths))
     chosen = jax.tree.map(jnp.asarray, select(params, paths))
-    scores = _scores(chosen, stats, key if entry.stochastic else None, entry.function, tuple(sorted(options.items())))
+    scores = _scores(chosen, stats, key if entry.takes_key else None, entry.function, tuple(sorted(options.items())))
     scores = unit_scores(scores, unit, combine=combined)
     check_finite(scores, entry.name)
     return scores
+
+
+def compensate(
+    criterion: str | Criterion,
+    params: PyTree,
+    masks: PyTree,
+    *,
+    loss: Loss,
+    batches: Iterable[PyTree],
+    options: Mapping[str, Any] | None = None,
+) -> PyTree:
+    """Puts masks on weights as a solver does: those that survive make up for those that die.
+
+    Args:
+        criterion: a solver, such as `woodfisher`; the masks may be anybody's.
+        params: the weights before pruning, any pytree of arrays; what is dead already is zero in them.
+        masks: bool arrays under the same paths, True = alive, as `mask` answers them; other leaves stay as they are.
+        loss: as in `score`.
+        batches: as in `score`.
+        options: of the criterion.
+
+    Returns:
+        `params` with zeros where masked and the masked leaves' other weights corrected; types are kept.
+
+    Raises:
+        UserMistake: the criterion is no solver, an option is unknown, or a mask fits no parameter.
+        NonFiniteScoreError: a weight came out NaN or infinite.
+
+    >>> params = {"w": jnp.array([[3.0], [1.0]])}  # two inputs that are always equal
+    >>> batches = [jnp.array([[1.0, 1.0], [2.0, 2.0]])]
+    >>> words = {"loss": lambda p, x: jnp.mean(jnp.square(x @ p["w"] - 1)), "batches": batches}
+    >>> masks = mask(score("woodfisher", params, **words), sparsity=0.5)
+    >>> compensate("woodfisher", params, masks, **words)["w"].round(1).ravel()
+    Array([4., 0.], dtype=float32)
+    """
+    entry = find(criterion) if isinstance(criterion, str) else criterion
+    if entry.compensate is None:
+        known = ", ".join(name for name in CRITERIA if CRITERIA[name].compensate)
+        raise UserMistake(f"criterion {entry.name!r} does not correct the survivors: choose {known}, or apply_masks.")
+    options = dict(options or {})
+    entry.check_options(options)
+    alive = masks_of(params, masks)
+    stats = gather(entry.needs_with(options), loss, params, batches, prunable=alive, **entry.gathering(options))
+    chosen = jax.tree.map(jnp.asarray, select(params, alive))
+    kept = map_by_path(lambda path, _: jnp.asarray(alive[path], bool), chosen)
+    solved = leaves_by_path(_compensated(chosen, stats, kept, entry.compensate, tuple(sorted(options.items()))))
+    check_finite(solved, entry.name)
+    return map_by_path(lambda path, leaf: solved.get(path, leaf), params)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _compensated(params: PyTree, stats: Statistics, masks: PyTree, function: Any, options: tuple) -> PyTree:
+    return function(params, stats, masks, **dict(options))
 
 
 @partial(jax.jit, static_argnums=(3, 4))
@@ -168,8 +234,10 @@ def mask(
         threshold: what scores below it dies.
         statistic: `mean` or `median`: what scores below that of the living scores dies.
         percentile: in [0, 100], interpolated linearly: what scores below it dies.
-        scope: within which set scores compete: `global`, `layer`, `erk`, or a table {pattern: sparsity} in place of a
-            target.
+        scope: within which set scores compete: `global`, `layer`, `erk`, `lamp`, or a table {pattern: sparsity} in
+            place of a target. In `lamp` all compete by their shares of what their leaf is left with, s^2 / (sum of the
+            squares not smaller), see `selection.shares`: one threshold that adapts to each leaf. A `threshold`,
+            `statistic` or `percentile` is then one of shares.
         granularity: what dies together: `weight`; `neuron`, `kernel` or `{"block": [r, c]}`, whose score is the sum of
             its weights' scores (see `granularity.unit_scores`); or n:m such as `"2:4"`, where n are kept of each m
             weights along the inputs (see `masks.choose_n_of_m`), and no target, scope or `min_keep` is given.
@@ -210,11 +278,24 @@ def mask(
             raise UserMistake(unit.alone(*given))
         chosen = choose_n_of_m(units, *unit.numbers, alive=living)
     else:
+        if scope == "lamp":
+            units = {path: _shares(path, leaf, living.get(path)) for path, leaf in units.items()}
         pools = allocate(units, scope=scope, alive=living, shapes=shapes, min_keep=min_keep, **targets)
         chosen = choose(units, pools, alive=living, min_keep=min_keep)
     check_collapse(chosen)
     masks = weight_masks(map_by_path(lambda p, _: chosen[p], scores), weights, unit, params=params)
     return map_by_path(lambda p, m: m & earlier[p] if p in earlier and earlier[p].shape == m.shape else m, masks)
+
+
+def _shares(path: str, scores: jax.Array, alive: jax.Array | None) -> jax.Array:
+    """Shares of what the leaf is left with; what is dead has none."""
+    lowest = float(jnp.min(scores, initial=0))
+    if lowest < 0:
+        raise UserMistake(
+            f"scope lamp compares squares of scores, but the lowest of {path!r} is {lowest:.3g}: choose global, layer "
+            "or erk for a criterion of both signs."
+        )
+    return shares(scores if alive is None else jnp.where(alive, scores, 0))
 
 
 def _are_of_units(scores: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], unit: Granularity) -> bool:

@@ -284,3 +284,29 @@ def count_below(leaves: Leaves, tiers: Tiers, value: jax.Array | float) -> jax.A
 @jax.jit
 def _count_below(flat: Flat, value: jax.Array) -> jax.Array:
     return _count(flat, _keys(value, None) - 1)
+
+
+@jax.jit
+def shares(values: jax.Array) -> jax.Array:
+    """Of each value, its square as a share of the squares that are left when it is the next to go.
+
+    s_i = v_i^2 / sum_(j >= i) v_j^2, over all values in ascending order, equals by position (Lee et al. 2021,
+    arXiv:2010.07611). The order stays, the last one's share is 1, and shares of different arrays can be compared. What
+    is below 1e-19 of the largest value has the share 0.
+
+    Args:
+        values: array of any shape, >= 0 and finite.
+
+    Returns:
+        float32 array shaped like `values`, in [0, 1]; all 0 where all values are.
+
+    >>> shares(jnp.array([2.0, 1.0, 0.0, 2.0]))
+    Array([0.5       , 0.11111111, 0.        , 1.        ], dtype=float32)
+    """
+    flat = jnp.ravel(values).astype(jnp.float32)
+    order = jnp.argsort(flat)  # stable
+    largest = jnp.max(flat, initial=0)
+    squares = jnp.square(flat[order] / jnp.where(largest > 0, largest, 1))
+    left = lax.cumsum(squares, reverse=True)
+    ascending = lax.cummax(squares / jnp.where(left > 0, left, 1))  # rounding must not turn neighbours round
+    return jnp.zeros_like(flat).at[order].set(ascending, unique_indices=True).reshape(values.shape)

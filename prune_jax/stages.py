@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,10 +21,11 @@ from prune_jax.masks import apply_masks
 from prune_jax.models import Variables
 from prune_jax.networks import (
     Arrays,
+    Batches,
     Loaded,
     Metrics,
     as_arrays,
-    batches_of,
+    at_rest,
     cut_variables,
     evaluator_of,
     groups_for,
@@ -38,11 +39,12 @@ from prune_jax.networks import (
     validated,
 )
 from prune_jax.objectives import inputs_of
+from prune_jax.perturbation import perturbed
 from prune_jax.problems import dataset_of, network_of, sample_of
 from prune_jax.progress import Progress, Report, silent
 from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, StageCall, StageResult, Status
 from prune_jax.schedules import iterative
-from prune_jax.scoring import mask, score
+from prune_jax.scoring import compensate, mask, score
 from prune_jax.trees import PyTree, leaves_by_path
 
 
@@ -135,8 +137,9 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
     data = dataset_of(call.problem)
     criterion, granularity = call.settings["criterion"], call.settings.get("granularity", "weight")
     given: dict[str, Any] = {
-        "loss": mean_loss(network_for(call.problem, loaded.keep), call.problem.objective, loaded.variables.state),
-        "batches": batches_of(data.train, call, criterion.get("batches"), report),
+        **_on_data(call, loaded, criterion, jax.random.key(call.seed), report),
+        "apply": at_rest(network_for(call.problem, loaded.keep), loaded.variables.state),
+        "inputs": inputs_of(sample_of(data)),
         "exclude": tuple(call.settings.get("exclude", ())),
         "key": jax.random.key(call.seed),
         "options": criterion.get("options", {}),
@@ -152,13 +155,25 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
     return {"scores": jax.device_get(scores)}, metrics
 
 
+def _on_data(
+    call: StageCall, loaded: Loaded, criterion: Mapping[str, Any], key: jax.Array, report: Report
+) -> dict[str, Any]:
+    """The loss of a network and the batches that a criterion is to see of it."""
+    loss = mean_loss(network_for(call.problem, loaded.keep), call.problem.objective, loaded.variables.state)
+    batches: Any = Batches(dataset_of(call.problem).train, call, criterion.get("batches"), report)
+    if perturbation := criterion.get("perturbation"):
+        batches = perturbed(batches, **perturbation, loss=loss, params=loaded.variables.params, key=key)
+    return {"loss": loss, "batches": batches}
+
+
 def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
-    """The network under masks of its lowest scores."""
+    """The network under masks of its lowest scores; a solver corrects the weights that survive."""
     if call.settings.get("granularity") in WIRED:
         return mask_groups(call, store, report)
     loaded = read_network(store, call.inputs["network"])
     (params, state), alive = loaded.variables, loaded.masks
-    scores = like(params, store.read(call.inputs["scores"])[0].get("scores", {}))
+    scored, meta = store.read(call.inputs["scores"])
+    scores = like(params, scored.get("scores", {}))
     settings = call.settings
     masks = mask(
         scores,
@@ -169,6 +184,10 @@ def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays,
         alive=alive,
         params=params,
     )
+    criterion = meta["call"]["settings"]["criterion"]
+    if find(criterion["name"]).compensate:
+        given = _on_data(call, loaded, criterion, jax.random.key(meta["call"]["seed"]), report)
+        params = compensate(criterion["name"], params, masks, options=criterion.get("options", {}), **given)
     if alive is not None:  # leaves that were not scored this time keep what they had: what is dead stays dead
         masks = like(params, leaves_by_path(alive) | leaves_by_path(masks))
     variables = Variables(jax.device_get(apply_masks(params, masks)), state)

@@ -1,11 +1,11 @@
-"""One pass over batches for what criteria need to know of the loss.
+"""One pass over batches, two for H g, for what criteria need to know of the loss; `flow` for what of the network.
 
 Sums stay on the device, and memory does not grow with the number of batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from prune_jax.blocks import cut, grid
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.trees import PyTree, leaves_by_path, select
 
@@ -23,12 +24,19 @@ CHUNK_BYTES_ELSEWHERE = 1 << 28
 
 
 class Statistics(NamedTuple):
-    """Means over batches weighted by their examples; float32, shaped like the weights; None where not asked for."""
+    """Means over batches weighted by their examples; float32, shaped like the weights; None where not asked for.
+
+    `fisher_blocks` is `[outputs, blocks, size, size]` for each leaf.
+    """
 
     gradient: PyTree | None = None  # mean of g = dL/dw: the gradient of the whole set
     gradient_abs: PyTree | None = None  # mean of |g| over batches
     gradient_square: PyTree | None = None  # mean of g^2 over batches
     example_gradient_square: PyTree | None = None  # mean over examples of g_i^2, g_i the gradient of one example alone
+    hessian_gradient: PyTree | None = None  # H g: the Hessian of the whole set times the gradient of the whole set
+    hessian_diagonal: PyTree | None = None  # mean over batches and random signs z of z * (H z), estimates diag(H)
+    fisher_blocks: PyTree | None = None  # mean over examples of g_i g_i^T in the blocks of `blocks.cut`
+    flow: PyTree | None = None  # dR/d|w| of the network alone, see `flow`
 
 
 _OF_BATCH: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -37,8 +45,20 @@ _OF_BATCH: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gradient_square": jnp.square,
 }
 _OF_EXAMPLE = "example_gradient_square"
+_SECOND_PASS = "hessian_gradient"
+_PROBED = "hessian_diagonal"
+_BLOCKS = "fisher_blocks"
+
+OF_NETWORK = frozenset({"flow"})  # fields that no batch is needed for, but the network
+DRAWN = frozenset({_PROBED})  # fields that take a key
+OPTIONS = frozenset({"probes", "block"})  # of a criterion, that `gather` takes
+READ_TWICE = (
+    "the Hessian times the gradient takes a second pass over the batches: give a list of them, or what else can be "
+    "read twice, and no iterator."
+)
 
 Loss = Callable[[PyTree, PyTree], jax.Array]
+Apply = Callable[..., PyTree]
 
 
 def gather(
@@ -48,24 +68,35 @@ def gather(
     batches: Iterable[PyTree],
     *,
     prunable: Collection[str] | None = None,
+    key: jax.Array | None = None,
+    probes: int = 10,
+    block: int = 64,
 ) -> Statistics:
-    """Gathers the fields of `Statistics` that are needed, in one pass.
+    """Gathers the fields of `Statistics` that are needed, in one pass; in two where `hessian_gradient` is.
+
+    Hessian products are forward over reverse, by the prunable leaves alone: they cost a few gradients, and no matrix is
+    ever held.
 
     Compiles once for each shape of batch, and not again in later calls with the same `loss`: one function, or a
     `jax.tree_util.Partial` of one, whose arrays are arguments of the compiled pass.
 
     Args:
-        needs: names of fields of `Statistics`.
+        needs: names of fields of `Statistics`, but for `flow`.
         loss: `loss(params, batch) -> scalar`, a mean over the batch's examples.
         params: any pytree of arrays.
         batches: pytrees of arrays whose leading axis counts examples.
         prunable: paths of the leaves to differentiate by; left out, all floating leaves.
+        key: a PRNG key, for `hessian_diagonal`.
+        probes: random signs z for each batch (Hutchinson): the variance of z * (H z) falls with probes times batches.
+        block: the weights in a block of `fisher_blocks`, which hold (weights) x (block) numbers, and as many again
+            while gradients are added.
 
     Returns:
         Trees like `params`, None for other leaves.
 
     Raises:
-        UserMistake: there is no batch, a field is unknown, or the loss is not a scalar.
+        UserMistake: there is no batch, a field is unknown, the loss is not a scalar, or what is to be read twice is an
+            iterator.
 
     >>> batches = [jnp.ones(2), jnp.zeros(2)]
     >>> gather({"gradient"}, lambda p, x: jnp.mean(p["w"] * x), {"w": jnp.ones(())}, batches).gradient
@@ -73,31 +104,97 @@ def gather(
     """
     needs = frozenset(needs)
     loss = loss if isinstance(loss, Partial) else Partial(loss)
-    for need in needs - frozenset(Statistics._fields):
-        known = Statistics._fields
+    known = tuple(field for field in Statistics._fields if field not in OF_NETWORK)
+    for need in needs - frozenset(known):
         raise UserMistake(f"statistic {need!r} is not known{did_you_mean(need, known)} (known: {', '.join(known)})")
     if prunable is None:
         prunable = [path for path, leaf in leaves_by_path(params).items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
     paths = frozenset(prunable)
-    sums = {need: _zeros(params, paths) for need in needs}
+    if _PROBED in needs and key is None:
+        raise UserMistake("hessian_diagonal is estimated with random signs: give key=, such as jax.random.key(0).")
+    if _SECOND_PASS in needs:
+        if iter(batches) is batches:
+            raise UserMistake(READ_TWICE)
+        others = (needs - {_SECOND_PASS}) | {"gradient"}
+        first = gather(others, loss, params, batches, prunable=paths, key=key, probes=probes, block=block)
+        product = _product_with(first.gradient, loss, params, batches, paths)
+        return first._replace(hessian_gradient=product, gradient=first.gradient if "gradient" in needs else None)
+    sums = {need: _zeros(params, paths) for need in needs - {_BLOCKS}}
+    blocks = jax.tree.map(lambda w: _no_products(w.shape, block), select(params, paths)) if _BLOCKS in needs else None
     of_batch = {need: sums[need] for need in needs if need in _OF_BATCH}
-    of_example = sums.get(_OF_EXAMPLE)
+    of_example, probed = sums.get(_OF_EXAMPLE), sums.get(_PROBED)
     examples = 0
-    for batch in batches:
+    for i, batch in enumerate(batches):
         count = _examples(batch)
+        if probed is not None:
+            probed = _add_probes(probed, loss, params, batch, key, i, paths=paths, probes=probes)
         if of_batch:
             of_batch = _add_batch(of_batch, loss, params, batch, paths=paths)
         if of_example is not None:
             chunk, there = _chunk(of_example, count), jax.device_put(batch)
             for start in range(0, count, chunk):
                 of_example = _add_examples(of_example, loss, params, there, start, paths=paths, chunk=chunk)
+        if blocks is not None:
+            chunk, there = _divisor(count, block), jax.device_put(batch)
+            words = {"paths": paths, "chunk": chunk, "held": _chunk(select(params, paths), chunk), "block": block}
+            for start in range(0, count, chunk):
+                blocks = _add_products(blocks, loss, params, there, start, **words)
         examples += count
     if not examples:
         raise UserMistake(
             "there are no batches to gather statistics from; give at least one, and no exhausted iterator."
         )
-    found = of_batch if of_example is None else {**of_batch, _OF_EXAMPLE: of_example}
-    return Statistics(**_means(found, examples))
+    found = {**of_batch, _OF_EXAMPLE: of_example, _PROBED: probed, _BLOCKS: blocks}
+    return Statistics(**_means({need: tree for need, tree in found.items() if tree is not None}, examples))
+
+
+def _product_with(
+    direction: PyTree, loss: Loss, params: PyTree, batches: Iterable[PyTree], paths: frozenset[str]
+) -> PyTree:
+    """H v, mean over batches, each weighted by its examples."""
+    total, examples = _zeros(params, paths), 0
+    for batch in batches:
+        total = _add_product(total, direction, loss, params, batch, paths=paths)
+        examples += _examples(batch)
+    if not examples:
+        raise UserMistake(READ_TWICE)
+    return _means({_SECOND_PASS: total}, examples)[_SECOND_PASS]
+
+
+def flow(apply: Apply, params: PyTree, inputs: Sequence[Any], *, prunable: Collection[str]) -> PyTree:
+    """What flows through each weight: dR/d|w|, R the sum of the outputs at inputs of ones, all parameters positive.
+
+    Args:
+        apply: `apply(params, *inputs) -> outputs`.
+        params: any pytree of arrays.
+        inputs: arrays, or their shapes and types, `[batch, ..]`; of the floating ones the shape alone counts, others,
+            such as tokens or lengths, are taken as they are. One example is.
+        prunable: paths of the leaves to differentiate by.
+
+    Returns:
+        A tree like `params`, float32, None for other leaves.
+
+    >>> x = jnp.zeros((1, 2))
+    >>> flow(lambda p, x: x @ p["a"] @ p["b"], {"a": -jnp.ones((2, 1)), "b": jnp.array([[3.0]])}, (x,), prunable=["a"])
+    {'a': Array([[3.],
+           [3.]], dtype=float32), 'b': None}
+    """
+    ones = tuple(
+        jnp.ones((1, *x.shape[1:]), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x)[:1]
+        for x in inputs
+    )
+    return _flow(apply if isinstance(apply, Partial) else Partial(apply), params, ones, frozenset(prunable))
+
+
+@partial(jax.jit, static_argnums=3)
+def _flow(apply: Partial, params: PyTree, inputs: tuple[jax.Array, ...], paths: frozenset[str]) -> PyTree:
+    positive = jax.tree.map(lambda w: jnp.abs(w) if jnp.issubdtype(w.dtype, jnp.floating) else w, params)
+
+    def total(params: PyTree, inputs: PyTree) -> jax.Array:
+        outputs = [y for y in jax.tree.leaves(apply(params, *inputs)) if jnp.issubdtype(y.dtype, jnp.floating)]
+        return sum((jnp.sum(y, dtype=jnp.float32) for y in outputs), jnp.float32(0))
+
+    return _gradient(Partial(total), positive, inputs, paths)
 
 
 def unit_taylor(
@@ -153,12 +250,26 @@ def _chunk(sums: PyTree, count: int) -> int:
     """Examples at once: the largest divisor of the batch whose gradients are small enough, so that one shape does."""
     one = sum(leaf.nbytes for leaf in jax.tree.leaves(sums))
     held = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
-    most = max(min(count, held // max(one, 1)), 1)
-    return next(size for size in range(most, 0, -1) if count % size == 0)
+    return _divisor(count, held // max(one, 1))
+
+
+def _divisor(count: int, most: int) -> int:
+    return next(size for size in range(max(min(count, most), 1), 0, -1) if count % size == 0)
+
+
+def _no_products(shape: tuple[int, ...], block: int) -> jax.Array:
+    outputs, count, size = grid(shape, block)
+    return jnp.zeros((outputs, count, size, size), jnp.float32)
 
 
 def _gradient(loss: Loss, params: PyTree, batch: PyTree, paths: frozenset[str]) -> PyTree:
     """The gradient by the leaves at `paths` alone; others cost no backward pass."""
+    gradient = _gradient_at(loss, params, batch)(select(params, paths))
+    return jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+
+
+def _gradient_at(loss: Loss, params: PyTree, batch: PyTree) -> Callable[[PyTree], PyTree]:
+    """The gradient as a function of the chosen leaves, the others None."""
 
     def of(chosen: PyTree) -> jax.Array:
         value = loss(jax.tree.map(lambda c, w: w if c is None else c, chosen, params, is_leaf=_is_none), batch)
@@ -168,7 +279,15 @@ def _gradient(loss: Loss, params: PyTree, batch: PyTree, paths: frozenset[str]) 
             )
         return value
 
-    return jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(of)(select(params, paths)))
+    return jax.grad(of)
+
+
+def _product(direction: PyTree, loss: Loss, params: PyTree, batch: PyTree, paths: frozenset[str]) -> PyTree:
+    """The Hessian by the leaves at `paths` times a direction, forward over reverse."""
+    chosen = select(params, paths)
+    tangent = jax.tree.map(lambda v, w: v.astype(w.dtype), direction, chosen)
+    product = jax.jvp(_gradient_at(loss, params, batch), (chosen,), (tangent,))[1]
+    return jax.tree.map(lambda p: p.astype(jnp.float32), product)
 
 
 def _is_none(leaf: Any) -> bool:
@@ -187,6 +306,39 @@ def _add_batch(
     }
 
 
+@partial(jax.jit, static_argnames=("paths",), donate_argnums=0)
+def _add_product(
+    sums: PyTree, direction: PyTree, loss: Loss, params: PyTree, batch: PyTree, *, paths: frozenset[str]
+) -> PyTree:
+    product = _product(direction, loss, params, batch, paths)
+    return jax.tree.map(lambda s, p: s + _examples(batch) * p, sums, product)
+
+
+@partial(jax.jit, static_argnames=("paths", "probes"), donate_argnums=0)
+def _add_probes(
+    sums: PyTree,
+    loss: Loss,
+    params: PyTree,
+    batch: PyTree,
+    key: jax.Array,
+    number: int,
+    *,
+    paths: frozenset[str],
+    probes: int,
+) -> PyTree:
+    key = jax.random.fold_in(key, number)
+    leaves, structure = jax.tree.flatten(sums)
+
+    def add(i: jax.Array, sums: PyTree) -> PyTree:
+        keys = jax.random.split(jax.random.fold_in(key, i), len(leaves))
+        drawn = [jax.random.rademacher(k, s.shape, jnp.float32) for k, s in zip(keys, leaves, strict=True)]
+        signs = jax.tree.unflatten(structure, drawn)
+        product = _product(signs, loss, params, batch, paths)
+        return jax.tree.map(lambda s, z, p: s + _examples(batch) / probes * z * p, sums, signs, product)
+
+    return jax.lax.fori_loop(0, probes, add, sums)
+
+
 @partial(jax.jit, static_argnames=("paths", "chunk"), donate_argnums=0)
 def _add_examples(
     sums: PyTree, loss: Loss, params: PyTree, batch: PyTree, start: int, *, paths: frozenset[str], chunk: int
@@ -200,6 +352,30 @@ def _add_examples(
     else:
         squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g), axis=0), jax.vmap(of_one)(examples))
     return jax.tree.map(jnp.add, sums, squares)
+
+
+@partial(jax.jit, static_argnames=("paths", "chunk", "held", "block"), donate_argnums=0)
+def _add_products(
+    sums: PyTree,
+    loss: Loss,
+    params: PyTree,
+    batch: PyTree,
+    start: int,
+    *,
+    paths: frozenset[str],
+    chunk: int,
+    held: int,
+    block: int,
+) -> PyTree:
+    """Adds g g^T of `chunk` examples; their gradients are taken `held` at a time."""
+
+    def of_one(example: PyTree) -> PyTree:
+        gradient = _gradient(loss, params, jax.tree.map(lambda a: a[None], example), paths)
+        return jax.tree.map(lambda g: cut(g, block), gradient)  # [outputs, blocks, size]
+
+    examples = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, chunk), batch)
+    gradients = jax.lax.map(of_one, examples, batch_size=held if held > 1 else None)
+    return jax.tree.map(lambda s, g: s + jnp.einsum("nobi,nobj->obij", g, g), sums, gradients)
 
 
 @partial(jax.jit, donate_argnums=0)

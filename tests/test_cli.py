@@ -468,12 +468,23 @@ def test_methods_are_listed_with_formula_and_paper(command):
 
     code, out, _ = command("methods")
     assert code == 0
-    for name in ("magnitude", "random", "sensitivity", "snip", "taylor", "fisher"):
+    for name in CRITERIA:
         entry = CRITERIA[name]
         assert name in out
         assert entry.formula in out, "brackets are markup to Rich: escape them"
         assert entry.paper.split(":")[-1] in out
-    for word in ("global", "layer", "erk", "sparsity", "keep", "threshold", "percentile", "one_shot", "iterative"):
+    for word in (
+        "global",
+        "layer",
+        "erk",
+        "lamp",
+        "sparsity",
+        "keep",
+        "threshold",
+        "percentile",
+        "one_shot",
+        "iterative",
+    ):
         assert word in out
     for word in ("2:4", "{block: [r, c]}", "kernel", "arXiv:2104.08378", "arXiv:1711.02782", "arXiv:1705.08922"):
         assert word in out

@@ -77,7 +77,7 @@ EXACT = [
         "stages/prune/criterion",
         {"nme": "snip"},
         "stages.prune.criterion.nme = 'snip': is not a field here; did you mean 'name'? "
-        "(allowed: name, options, combine, batches)",
+        "(allowed: name, options, combine, batches, perturbation)",
     ),
     # missing fields
     ("data", MISSING, "data: is missing"),
@@ -397,7 +397,7 @@ BEGINNINGS = [
         "stages/prune/scope",
         "erks",
         "stages.prune.scope = 'erks': is not known; did you mean 'erk'? "
-        "(allowed: global, layer, erk, isomorphic, or a table {pattern: sparsity})",
+        "(allowed: global, layer, erk, lamp, isomorphic, or a table {pattern: sparsity})",
     ),
     ("stages/prune/exclude", "output", "stages.prune.exclude = 'output': must be a list, such as [a, b]"),
     (

@@ -17,7 +17,7 @@ from prune_jax.recipe import read_recipe
 from prune_jax.stages import run_stage
 from tests.plain import EVALUATE, PRUNE, TRAIN, arrays, part, run_plain, same_bytes, tiny
 
-BUILT_IN = ("magnitude", "random", "sensitivity", "snip", "taylor", "fisher")
+BUILT_IN = tuple(name for name in CRITERIA if "weight" in CRITERIA[name].granularities)
 HELD_STILL = {"name": "sgd", "learning_rate": 1e-44}  # steps that move nothing
 
 
@@ -60,7 +60,6 @@ def shared(tmp_path_factory):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_criterion_prunes_exactly_what_was_asked(shared, name):
-    assert name in CRITERIA
     prune = {**PRUNE, "criterion": name, "finetune": {"steps": 3, "optimizer": {"learning_rate": 0.01}}}
     _, results = run_plain(tiny(train=TRAIN, prune=prune, evaluate=EVALUATE), shared)
     params, masks = network(shared, results["prune"])
@@ -117,11 +116,20 @@ def each(values, count_of):
     return {path: lowest({path: v}, count_of(v))[path] for path, v in values.items()}
 
 
+def shares(values):
+    """The scores of Lee et al. 2021: squares over the sum of those that are not smaller."""
+    return np.array([[x**2 / np.square(values[values >= x], dtype=np.float64).sum() for x in row] for row in values])
+
+
 SCOPES = {
     "layer": ({"scope": "layer", "target": {"sparsity": 0.5}}, lambda v: each(v, lambda x: round(0.5 * x.size))),
     "layer threshold": (
         {"scope": "layer", "target": {"statistic": "mean"}},
         lambda v: {path: x >= np.float32(x.mean(dtype=np.float64)) for path, x in v.items()},
+    ),
+    "lamp": (
+        {"scope": "lamp", "target": {"sparsity": 0.5}},
+        lambda v: lowest({p: shares(x) for p, x in v.items()}, 21),
     ),
     "table": (
         {"scope": {"hidden_*": 0.25, "output": 0.75}, "target": None},
@@ -277,7 +285,7 @@ def test_n_of_m_after_weights_revives_nothing(shared):
         (
             {"criterion": "taylor", "granularity": {"block": [2, 2]}, "target": {"sparsity": 0.5}},
             "stages.prune.granularity = {'block': [2, 2]}: granularity {block: [2, 2]} is not possible here "
-            "(allowed: weight, n:m such as '2:4', group)",
+            "(allowed: weight, n:m such as '2:4', group, layer)",
         ),
         (
             {"granularity": {"block": [2, 2]}, "target": {"keep": 13}},

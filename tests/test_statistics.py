@@ -8,7 +8,7 @@ from jax.tree_util import Partial
 
 import prune_jax.statistics as statistics
 from prune_jax.errors import UserMistake
-from prune_jax.statistics import Statistics, gather
+from prune_jax.statistics import Statistics, flow, gather
 from tests.compiling import compilations
 
 
@@ -56,13 +56,18 @@ def oracle(params, batches):
     )
 
 
+FIRST_ORDER = ("gradient", "gradient_abs", "gradient_square", "example_gradient_square")
+
+
 @pytest.mark.parametrize("sizes", [(8,), (8, 8, 8), (8, 8, 3)], ids=["one", "equal", "remainder"])
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20], ids=["one by one", "all at once"])
 def test_means_agree_with_gradients_by_hand(params, sizes, chunk_bytes, monkeypatch):
     monkeypatch.setitem(statistics.CHUNK_BYTES, "cpu", chunk_bytes)
     batches = make_batches(*sizes)
-    found = gather(Statistics._fields, loss, params, batches)
-    for field, wanted in oracle(params, batches)._asdict().items():
+    found = gather(FIRST_ORDER, loss, params, batches)
+    wanted_of = oracle(params, batches)
+    for field in FIRST_ORDER:
+        wanted = getattr(wanted_of, field)
         for name in ("kernel", "bias"):
             leaf = getattr(found, field)[name]
             assert leaf.dtype == jnp.float32
@@ -91,7 +96,13 @@ def test_only_what_is_needed_is_gathered_and_only_of_prunable_leaves(params):
 
 @pytest.mark.parametrize(
     "needs",
-    [{"gradient_abs", "gradient_square"}, {"example_gradient_square"}],
+    [
+        {"gradient_abs", "gradient_square"},
+        {"example_gradient_square"},
+        {"hessian_gradient"},
+        {"hessian_diagonal"},
+        {"fisher_blocks"},
+    ],
     ids=lambda needs: "+".join(sorted(needs)),
 )
 def test_one_compilation_serves_all_batches_and_later_calls(params, needs):
@@ -101,15 +112,17 @@ def test_one_compilation_serves_all_batches_and_later_calls(params, needs):
         traced.append(batch["x"].shape)
         return loss(params, batch)
 
-    gather(needs, counted, params, make_batches(8, 8, 8))
+    passes = 2 if "hessian_gradient" in needs else 1
+    key, other = jax.random.split(jax.random.key(0))
+    gather(needs, counted, params, make_batches(8, 8, 8), key=key)
     first = len(traced)
     newer = jax.tree.map(lambda a: a + 1, params)
     with compilations() as seconds:
-        gather(needs, counted, newer, make_batches(8, 8, 8, 8))
-    assert len(traced) == first == 1
+        gather(needs, counted, newer, make_batches(8, 8, 8, 8), key=other)
+    assert len(traced) == first == passes
     assert not seconds
-    gather(needs, counted, params, make_batches(8, 3))
-    assert len(traced) == 2
+    gather(needs, counted, params, make_batches(8, 3), key=key)
+    assert len(traced) == 2 * passes
 
 
 def test_a_partial_loss_hands_its_arrays_in(params):
@@ -128,23 +141,24 @@ def test_a_partial_loss_hands_its_arrays_in(params):
 
 
 @pytest.mark.parametrize(
-    "needs", [{"gradient_abs"}, {"example_gradient_square"}], ids=lambda needs: "+".join(sorted(needs))
+    "needs",
+    [{"gradient_abs"}, {"example_gradient_square"}, {"hessian_gradient"}, {"hessian_diagonal"}, {"fisher_blocks"}],
+    ids=lambda needs: "+".join(sorted(needs)),
 )
 def test_memory_does_not_grow_with_the_number_of_batches(params, needs):
-    def live(count):
-        held = []
+    held = []
 
-        def batches():
-            for batch in make_batches(*[8] * count):
+    class Batches:
+        def __iter__(self):
+            held.append([])
+            for batch in make_batches(*[8] * 8):
                 gc.collect()
-                held.append(len(jax.live_arrays()))
+                held[-1].append(len(jax.live_arrays()))
                 yield batch
 
-        gather(needs, loss, params, batches())
-        return held
-
-    held = live(12)
-    assert max(held[2:]) <= held[1]
+    gather(needs, loss, params, Batches(), key=jax.random.key(0))
+    for of_one_pass in held:
+        assert max(of_one_pass[2:], default=0) <= of_one_pass[1]
 
 
 def test_a_chunk_divides_the_batch(monkeypatch):
@@ -162,14 +176,96 @@ def test_low_precision_weights_have_float32_statistics():
     ("change", "message"),
     [
         ({"batches": []}, "there are no batches to gather statistics from; give at least one"),
+        ({"needs": {"hessian_diagonal"}}, "hessian_diagonal is estimated with random signs: give key=, such as jax.r"),
+        (
+            {"needs": {"hessian_gradient"}, "batches": iter([])},
+            "the Hessian times the gradient takes a second pass over",
+        ),
         ({"needs": {"gradients"}}, "statistic 'gradients' is not known; did you mean 'gradient'? (known: gradient, "),
         ({"loss": lambda p, b: b["x"] @ p["kernel"]}, "the loss answered an array [4, 3] but must answer one number"),
         ({"batches": [{"x": np.float32(3)}]}, "a batch holds no array with a leading axis of examples"),
     ],
-    ids=["no batches", "unknown", "no scalar", "no examples"],
+    ids=["no batches", "no key", "read once", "unknown", "no scalar", "no examples"],
 )
 def test_mistakes(params, change, message):
     words = {"needs": {"gradient"}, "loss": loss, "batches": make_batches(4), **change}
     with pytest.raises(UserMistake) as caught:
         gather(words["needs"], words["loss"], params, words["batches"])
     assert str(caught.value).startswith(message)
+
+
+def curved(params, batch):
+    """Not quadratic, and all weights meet: the Hessian has no zeros."""
+    h = jnp.tanh(batch["x"] @ params["kernel"] + params["bias"][None])
+    return jnp.mean(jnp.square(jnp.sum(h, axis=1) - batch["y"][:, 0]))
+
+
+def hessian(params, batches, *names):
+    """The whole set's, over `names` laid end to end, and the gradient beside it."""
+    count = [len(b["x"]) for b in batches]
+    ends = np.cumsum([params[name].size for name in names])
+
+    def total(flat):
+        parts = {n: f.reshape(params[n].shape) for n, f in zip(names, jnp.split(flat, ends[:-1]), strict=True)}
+        values = [curved({**params, **parts}, b) for b in batches]
+        return sum(n * v for n, v in zip(count, values, strict=True)) / sum(count)
+
+    flat = jnp.concatenate([params[name].ravel() for name in names])
+    return jax.jit(jax.hessian(total))(flat), jax.jit(jax.grad(total))(flat)
+
+
+def test_the_hessian_of_the_whole_set_times_its_gradient(params):
+    batches = make_batches(8, 8, 3)
+    names = ("bias", "kernel")
+    found = gather({"hessian_gradient"}, curved, params, batches)
+    H, g = hessian(params, batches, *names)
+    joined = np.concatenate([np.ravel(found.hessian_gradient[name]) for name in names])
+    np.testing.assert_allclose(joined, H @ g, rtol=1e-4, atol=1e-5)
+    assert found.gradient is None
+    alone = gather({"hessian_gradient", "gradient"}, curved, params, batches, prunable=["kernel"])
+    H, g = hessian(params, batches, "kernel")
+    np.testing.assert_allclose(alone.hessian_gradient["kernel"].ravel(), H @ g, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(alone.gradient["kernel"].ravel(), g, rtol=1e-4, atol=1e-6)
+    assert alone.hessian_gradient["bias"] is None
+
+
+def test_random_signs_estimate_the_diagonal_of_the_hessian(params):
+    """The variance of z_i (H z)_i is the sum of the squares beside the diagonal."""
+    batches = make_batches(8, 8, 3)
+    probes = 4000
+    found = gather({"hessian_diagonal"}, curved, params, batches, key=jax.random.key(0), probes=probes)
+    H, _ = hessian(params, batches, "bias", "kernel")
+    estimate = np.concatenate([np.ravel(found.hessian_diagonal[name]) for name in ("bias", "kernel")])
+    shares = np.array([8, 8, 3]) / 19
+    spread = 0
+    for batch, share in zip(batches, shares, strict=True):
+        alone = np.array(hessian(params, [batch], "bias", "kernel")[0])
+        np.fill_diagonal(alone, 0)
+        spread += share**2 * np.square(alone).sum(axis=1) / probes
+    assert np.all(np.abs(estimate - np.diag(H)) < 5 * np.sqrt(spread))
+
+
+def test_one_probe_is_exact_where_the_hessian_is_diagonal():
+    curvature = jnp.array([[1.0, -2.0, 3.0]])
+    found = gather(
+        {"hessian_diagonal"},
+        lambda p, x: jnp.mean(x) * jnp.sum(curvature * p["w"] ** 2) / 2,
+        {"w": jnp.ones((1, 3), jnp.float32)},
+        [jnp.full(2, 3.0), jnp.full(1, 6.0)],
+        key=jax.random.key(1),
+        probes=1,
+    )
+    np.testing.assert_allclose(found.hessian_diagonal["w"], 4 * curvature, rtol=1e-6)
+
+
+def test_flow_takes_tokens_as_they_are_and_sums_all_outputs():
+    params = {"table": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "n": jnp.arange(2), "w": jnp.array([[-1.0], [2.0]])}
+
+    def apply(params, tokens, x):
+        return {"out": (params["table"][tokens] + x) @ params["w"], "tokens": tokens}
+
+    inputs = (jnp.array([1, 0, 0]), jax.ShapeDtypeStruct((3, 2), jnp.float32))
+    found = flow(apply, params, inputs, prunable=["table", "w"])
+    np.testing.assert_array_equal(found["table"], [[0, 0], [1, 2]])
+    np.testing.assert_array_equal(found["w"], [[4], [5]])
+    assert found["n"] is None

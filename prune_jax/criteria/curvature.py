@@ -1,4 +1,4 @@
-"""Criteria of the second order: how the loss curves along a weight."""
+"""Criteria of the second order: how the loss, or its gradient, curves along a weight."""
 
 from __future__ import annotations
 
@@ -30,3 +30,50 @@ def fisher(params: PyTree, stats: Statistics) -> PyTree:
     """
     squares = stats.example_gradient_square
     return jax.tree.map(lambda w, g2: 0.5 * g2 * jnp.square(w.astype(jnp.float32)), params, squares)
+
+
+@criterion(
+    "obd",
+    formula="w^2 * diag(H) / 2, diag(H) = E[z * (H z)], z = ±1",
+    paper="LeCun et al. 1990, Optimal Brain Damage (NIPS 2); Hutchinson 1990",
+    needs=("hessian_diagonal",),
+)
+def obd(params: PyTree, stats: Statistics, *, probes: int = 10) -> PyTree:
+    """The rise of the loss when a weight is removed at a minimum: s = w^2 diag(H) / 2, H the Hessian of the loss.
+
+    The diagonal is estimated with Hutchinson's random signs; LeCun et al. carry it backwards layer by layer, leaving
+    out what crosses layers. A weight along which the loss bends down scores below zero, and dies first.
+
+    Args:
+        params: weights, leaves of any shape.
+        stats: `hessian_diagonal`, shaped like `params`.
+        probes: random signs for each batch; each costs a Hessian product, about three gradients.
+
+    Returns:
+        Scores shaped like `params`, float32, in units of the loss.
+    """
+    del probes  # an option of what `stats` holds
+    return jax.tree.map(lambda w, h: 0.5 * h * jnp.square(w.astype(jnp.float32)), params, stats.hessian_diagonal)
+
+
+@criterion(
+    "grasp",
+    formula="w * (H g): the paper's S = -w * (H g), of which the highest die",
+    paper="Wang et al. 2020, arXiv:2002.07376",
+    needs=("hessian_gradient",),
+)
+def grasp(params: PyTree, stats: Statistics) -> PyTree:
+    """What the norm of the gradient loses with a weight, at initialisation: s = w (H g).
+
+    To first order, removing the weight changes |g|^2 by -2 w (H g). The paper calls S = -w (H g) its score and removes
+    the highest; ours is -S, since here the lowest die first. Its logits are divided by a temperature of 200: that is a
+    matter of the loss.
+
+    Args:
+        params: weights, leaves of any shape.
+        stats: `hessian_gradient`, of the whole set, shaped like `params`.
+
+    Returns:
+        Scores shaped like `params`, float32, of both signs, in squared units of the loss per squared unit of weight.
+    """
+    return jax.tree.map(lambda w, p: w.astype(jnp.float32) * p, params, stats.hessian_gradient)

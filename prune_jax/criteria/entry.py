@@ -12,6 +12,7 @@ from prune_jax.arguments import check_arguments
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.notation import FAMILIES
 from prune_jax.registry import Registry, load_object
+from prune_jax.statistics import DRAWN, OF_NETWORK, OPTIONS
 from prune_jax.trees import PyTree
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "prune_jax.criteria")
@@ -22,7 +23,8 @@ class Criterion:
     """A criterion: its function and the facts that validate recipes, gather statistics, and are cited.
 
     `function(params, stats, *, key, **options)` answers float32 scores shaped like `params`, which holds None where
-    nothing is prunable; the lowest die first. It takes `key` if it draws random numbers.
+    nothing is prunable; the lowest die first. It takes `key` if it draws random numbers. An option that
+    `statistics.gather` has, too, such as `probes`, is handed to it.
     """
 
     name: str
@@ -36,15 +38,22 @@ class Criterion:
     # over batches of (sum g w)^2, whatever the function makes of single weights. "unit": the function scores units,
     # `function(groups, leaves, **options)`, see criteria.units; "unit and loss": it takes `loss` and `batches`, too.
     combine: str = "sum"
+    # Of a solver: `compensate(params, stats, masks, **options)` answers the weights under masks, survivors corrected.
+    compensate: Callable[..., PyTree] | None = None
 
     @property
     def data_free(self) -> bool:
-        """Whether it looks at the weights alone."""
-        return not self.needs and self.combine != "unit and loss"
+        """Whether it looks at no data: at the weights alone, or at the network."""
+        return self.needs <= OF_NETWORK and self.combine != "unit and loss"
 
     @property
     def stochastic(self) -> bool:
-        """Whether it draws random numbers, and so takes a key."""
+        """Whether it, or what it needs, draws random numbers."""
+        return self.takes_key or bool(self.needs & DRAWN)
+
+    @property
+    def takes_key(self) -> bool:
+        """Whether the function itself draws random numbers."""
         return "key" in inspect.signature(self.function).parameters
 
     @cached_property
@@ -57,6 +66,10 @@ class Criterion:
         """The fields of Statistics that it needs under these options."""
         return next((fields for name, fields in self.needs_if.items() if options.get(name)), self.needs)
 
+    def gathering(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of its options that say how statistics are gathered."""
+        return {name: value for name, value in {**self.options, **options}.items() if name in OPTIONS}
+
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses options that it does not take, and values of another kind than the default's."""
         try:
@@ -66,6 +79,10 @@ class Criterion:
         for name, value in options.items():
             if isinstance(self.options[name], bool) and not isinstance(value, bool):
                 raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be true or false")
+            if name in COUNTS and (type(value) is not int or value < 1):
+                raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be a whole number from 1 on")
+            if name == "dampening" and (type(value) not in (int, float) or not 0 < value < float("inf")):
+                raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be a number above 0")
             if name == "p" and value not in NORMS:
                 raise UserMistake(f"criterion {self.name!r}: p = {value!r} is not possible (allowed: 1, 2, inf)")
 
@@ -88,6 +105,7 @@ class Criterion:
 
 OURS = ("key", "loss", "batches")  # what a criterion is given, and no option
 COMBINE = ("sum", "mean", "l1", "l2", "max")  # what one may want to be made of the scores of a unit's weights
+COUNTS = ("probes", "block")
 NORMS = {1: "sum", 2: "l2", float("inf"): "max", "inf": "max"}
 
 
@@ -100,6 +118,7 @@ def criterion(
     needs_if: Mapping[str, Collection[str]] | None = None,
     granularities: tuple[str, ...] = FAMILIES,
     combine: str = "sum",
+    compensate: Callable[..., PyTree] | None = None,
 ) -> Callable[[Callable[..., PyTree]], Criterion]:
     """Registers the function below it under `name`, with the facts of `Criterion`.
 
@@ -109,7 +128,7 @@ def criterion(
 
     def register(function: Callable[..., PyTree]) -> Criterion:
         instead = {option: frozenset(fields) for option, fields in (needs_if or {}).items()}
-        entry = Criterion(name, function, formula, paper, frozenset(needs), instead, granularities, combine)
+        entry = Criterion(name, function, formula, paper, frozenset(needs), instead, granularities, combine, compensate)
         return CRITERIA.add(name, entry)
 
     return register

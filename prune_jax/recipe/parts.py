@@ -120,6 +120,14 @@ class Optimizer(Frozen):
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
+class Perturbation(Frozen):
+    """What is done to the inputs of the batches that score (Sehwag et al. 2020, arXiv:2002.10509)."""
+
+    kind: Literal["fgsm", "pgd", "gaussian"]
+    epsilon: float = Field(gt=0, description="how far inputs move, in their own units; of gaussian, the deviation")
+    steps: int = Field(default=7, ge=1, description="of pgd")
+
+
 class Criterion(Frozen):
     """What makes a score."""
 
@@ -129,6 +137,7 @@ class Criterion(Frozen):
         default=None, description="what is made of the scores of a unit's weights; left out, what the criterion says"
     )
     batches: int | None = Field(default=None, ge=1, description="score on so many batches; left out, on all")
+    perturbation: Perturbation | None = Field(default=None, description="of the inputs; left out, none")
 
     @model_validator(mode="before")
     @classmethod

@@ -115,9 +115,10 @@ class Score(Stage, Prunable):
 class Allocation(Frozen):
     """Where how many die."""
 
-    scope: Literal["global", "layer", "erk", "isomorphic"] | dict[str, Fraction] = Field(
+    scope: Literal["global", "layer", "erk", "lamp", "isomorphic"] | dict[str, Fraction] = Field(
         default="global",
         description="within which set scores compete; a table {pattern: sparsity} sets each layer's own; "
+        "lamp: by their share s^2 / (sum of the squares not smaller in the layer) all compete; "
         "isomorphic: groups that do the same in different places",
     )
     target: Target | None = Field(default=None, description="how many die; left out with a table and with n:m")
@@ -152,7 +153,7 @@ def check_units(stage: Allocation, written: Any, where: str = "") -> None:
     if stage.target is None and not isinstance(stage.scope, dict):
         message = "needs `target`, such as {sparsity: 0.9}, unless `scope` is a table {pattern: sparsity}"
         raise mistake(where.rstrip("."), message) if where else ValueError(message)
-    scopes = _SCOPES.get(granularity.family, ("global", "layer", "erk"))
+    scopes = _SCOPES.get(granularity.family, ("global", "layer", "erk", "lamp"))
     words = _TARGETS.get(granularity.family, ("sparsity", "keep", "threshold", "statistic", "percentile"))
     shown = stage.scope if isinstance(stage.scope, str) else "a table"
     if shown not in scopes and not (isinstance(stage.scope, dict) and granularity.family not in _SCOPES):
