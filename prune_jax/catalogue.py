@@ -56,7 +56,7 @@ def methods_tables() -> Iterator[Table]:
     table = _table("criterion", "score (the lowest dies first)", "needs", "granularity", "paper")
     for name in CRITERIA:
         entry = CRITERIA[name]
-        needs = ", ".join(sorted(entry.needs)) or "nothing"
+        needs = ", ".join(sorted(entry.needs)) or ("nothing" if entry.data_free else "loss")
         table.add_row(name, escape(entry.formula), needs, escape(", ".join(entry.granularities)), escape(entry.paper))
     yield table
     table = _table("granularity", "what dies together", "paper")

@@ -118,6 +118,23 @@ def mean_loss(network: Network, objective_name: str, state: PyTree) -> Callable[
     return jax.tree_util.Partial(_loss_function(network, objective_name), state)
 
 
+@functools.lru_cache(maxsize=16)
+def _right_function(network: Network, objective_name: str) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
+    accuracy = objective(objective_name).metrics["accuracy"]
+
+    def right(state: PyTree, params: PyTree, batch: PyTree) -> jax.Array:
+        return accuracy(network.apply(params, state, inputs_of(batch), train=False, key=None)[0], batch)
+
+    return right
+
+
+def right_answers(network: Network, objective_name: str, state: PyTree) -> Callable[[PyTree, PyTree], jax.Array] | None:
+    """Which answers of the resting network are right, `(params, batch) -> [batch]`; None for an objective without."""
+    if "accuracy" not in objective(objective_name).metrics:
+        return None
+    return jax.tree_util.Partial(_right_function(network, objective_name), state)
+
+
 def batches_of(split: Split, call: StageCall, most: int | None, report: Report) -> Iterator[dict[str, np.ndarray]]:
     """The batches of a split in its own order, the last one smaller; tells how many are through."""
     size = call.problem.data.batch_size

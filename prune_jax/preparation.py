@@ -80,6 +80,10 @@ def _check_names(recipe: Recipe) -> None:
         if stage.kind in {"score", "prune"}:
             with _at(recipe.name, f"{where}.criterion.name", stage.criterion.name):
                 criterion = find(stage.criterion.name)
+                if "correct" in criterion.needs and "accuracy" not in goal.metrics:
+                    raise UserMistake("needs answers that are right or wrong: objective `classification`")
+                if "label_histogram" in criterion.needs and data.classes is None:
+                    raise UserMistake("needs labels, but `y` holds numbers; choose entropy, which does without")
             with _at(recipe.name, f"{where}.criterion.options", stage.criterion.options):
                 criterion.check_options(stage.criterion.options)
             with _at(recipe.name, f"{where}.granularity", stage.granularity):

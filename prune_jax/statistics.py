@@ -1,4 +1,4 @@
-"""One pass over batches for what criteria need to know of the loss.
+"""One pass over batches for what criteria need to know of the loss, and of what goes into its products.
 
 Sums stay on the device, and memory does not grow with the number of batches.
 """
@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from prune_jax.activations import capture
 from prune_jax.errors import UserMistake, did_you_mean
-from prune_jax.trees import PyTree, leaves_by_path, select
+from prune_jax.trees import PyTree, leaves_by_path, map_by_path, select
 
 # Gradients of single examples held at once. XLA multiplies batches of matrices on CPU with plain loops: there, all but
 # the smallest networks are ten times faster one example at a time.
@@ -29,6 +30,7 @@ class Statistics(NamedTuple):
     gradient_abs: PyTree | None = None  # mean of |g| over batches
     gradient_square: PyTree | None = None  # mean of g^2 over batches
     example_gradient_square: PyTree | None = None  # mean over examples of g_i^2, g_i the gradient of one example alone
+    input_square: PyTree | None = None  # mean over examples of the sum of x^2, x all that a weight is multiplied with
 
 
 _OF_BATCH: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -37,6 +39,7 @@ _OF_BATCH: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gradient_square": jnp.square,
 }
 _OF_EXAMPLE = "example_gradient_square"
+_OF_INPUT = "input_square"
 
 Loss = Callable[[PyTree, PyTree], jax.Array]
 
@@ -81,7 +84,7 @@ def gather(
     paths = frozenset(prunable)
     sums = {need: _zeros(params, paths) for need in needs}
     of_batch = {need: sums[need] for need in needs if need in _OF_BATCH}
-    of_example = sums.get(_OF_EXAMPLE)
+    of_example, of_input = sums.get(_OF_EXAMPLE), sums.get(_OF_INPUT)
     examples = 0
     for batch in batches:
         count = _examples(batch)
@@ -91,13 +94,15 @@ def gather(
             chunk, there = _chunk(of_example, count), jax.device_put(batch)
             for start in range(0, count, chunk):
                 of_example = _add_examples(of_example, loss, params, there, start, paths=paths, chunk=chunk)
+        if of_input is not None:
+            of_input = _add_inputs(of_input, loss, params, batch, paths=paths)
         examples += count
     if not examples:
         raise UserMistake(
             "there are no batches to gather statistics from; give at least one, and no exhausted iterator."
         )
-    found = of_batch if of_example is None else {**of_batch, _OF_EXAMPLE: of_example}
-    return Statistics(**_means(found, examples))
+    found = {**of_batch, _OF_EXAMPLE: of_example, _OF_INPUT: of_input}
+    return Statistics(**_means({need: tree for need, tree in found.items() if tree is not None}, examples))
 
 
 def unit_taylor(
@@ -150,8 +155,12 @@ def _examples(batch: PyTree) -> int:
 
 
 def _chunk(sums: PyTree, count: int) -> int:
-    """Examples at once: the largest divisor of the batch whose gradients are small enough, so that one shape does."""
-    one = sum(leaf.nbytes for leaf in jax.tree.leaves(sums))
+    """Examples at once: as many of the batch as have gradients that are small enough."""
+    return examples_at_once(sum(leaf.nbytes for leaf in jax.tree.leaves(sums)), count)
+
+
+def examples_at_once(one: int, count: int) -> int:
+    """So many of `count` examples at once, if each takes `one` bytes: a divisor, so that one shape does."""
     held = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
     most = max(min(count, held // max(one, 1)), 1)
     return next(size for size in range(most, 0, -1) if count % size == 0)
@@ -200,6 +209,19 @@ def _add_examples(
     else:
         squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g), axis=0), jax.vmap(of_one)(examples))
     return jax.tree.map(jnp.add, sums, squares)
+
+
+@partial(jax.jit, static_argnames=("paths",), donate_argnums=0)
+def _add_inputs(sums: PyTree, loss: Loss, params: PyTree, batch: PyTree, *, paths: frozenset[str]) -> PyTree:
+    captured = capture(lambda p, held: held[0](p, held[1]), params, (loss, batch))
+    found: dict[str, jax.Array] = {}
+    for reading in captured.readings:
+        if reading.path in paths:
+            found[reading.path] = found.get(reading.path, jnp.float32(0)) + reading.squares()
+    for path in sorted(paths - found.keys()):
+        where = f"it goes into {captured.unseen[path]!r}" if path in captured.unseen else "nothing reads it"
+        raise UserMistake(f"what {path!r} is multiplied with cannot be seen: {where}. Leave it dense: `exclude` it.")
+    return map_by_path(lambda path, s: s + found[path], sums)
 
 
 @partial(jax.jit, donate_argnums=0)

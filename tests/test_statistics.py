@@ -61,13 +61,25 @@ def oracle(params, batches):
 def test_means_agree_with_gradients_by_hand(params, sizes, chunk_bytes, monkeypatch):
     monkeypatch.setitem(statistics.CHUNK_BYTES, "cpu", chunk_bytes)
     batches = make_batches(*sizes)
-    found = gather(Statistics._fields, loss, params, batches)
-    for field, wanted in oracle(params, batches)._asdict().items():
+    wanted_of = {field: wanted for field, wanted in oracle(params, batches)._asdict().items() if wanted is not None}
+    found = gather(wanted_of, loss, params, batches)
+    for field, wanted in wanted_of.items():
         for name in ("kernel", "bias"):
             leaf = getattr(found, field)[name]
             assert leaf.dtype == jnp.float32
             np.testing.assert_allclose(leaf, wanted[name], rtol=2e-5, atol=1e-6, err_msg=f"{field} {name}")
         assert getattr(found, field)["steps"] is None
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 3)], ids=["one", "remainder"])
+def test_squares_of_what_a_weight_is_multiplied_with(params, sizes):
+    batches = make_batches(*sizes)
+    found = gather({"input_square"}, loss, params, iter(batches), prunable=["kernel"]).input_square
+    x = np.concatenate([batch["x"] for batch in batches])
+    np.testing.assert_allclose(found["kernel"], np.mean(x**2, axis=0)[:, None] * np.ones((4, 3)), rtol=1e-5)
+    assert found["bias"] is None
+    with pytest.raises(UserMistake, match="what 'bias' is multiplied with cannot be seen: it goes into 'add'"):
+        gather({"input_square"}, loss, params, batches)
 
 
 def test_the_gradient_of_all_examples_does_not_depend_on_the_batches(params):
