@@ -13,6 +13,7 @@ SCOPES = {
     "global": ("all layers compete", ""),
     "layer": ("each layer loses the same share", ""),
     "erk": ("density of a layer ∝ sum(shape) / prod(shape)", "Evci et al. 2020, arXiv:1911.11134"),
+    "output": ("the inputs of each output compete, each loses the same share", "Sun et al. 2024, arXiv:2306.11695"),
     "isomorphic": ("groups that do the same in different places compete", "Fang et al. 2024, arXiv:2407.04616"),
     "{pattern: sparsity}": ("each layer has its own sparsity; first pattern that fits", ""),
 }

@@ -213,7 +213,18 @@ def _add_examples(
 
 @partial(jax.jit, static_argnames=("paths",), donate_argnums=0)
 def _add_inputs(sums: PyTree, loss: Loss, params: PyTree, batch: PyTree, *, paths: frozenset[str]) -> PyTree:
-    captured = capture(lambda p, held: held[0](p, held[1]), params, (loss, batch))
+    found = _input_squares(loss, params, batch, paths)
+    return map_by_path(lambda path, s: s + found[path], sums)
+
+
+def check_inputs(loss: Loss, params: PyTree, batch: PyTree, *, prunable: Collection[str]) -> None:
+    """Refuses leaves for which `input_square` cannot be gathered; shapes will do, nothing is computed."""
+    loss = loss if isinstance(loss, Partial) else Partial(loss)
+    jax.eval_shape(lambda l, p, b: _input_squares(l, p, b, frozenset(prunable)), loss, params, batch)
+
+
+def _input_squares(loss: Loss, params: PyTree, batch: PyTree, paths: frozenset[str]) -> dict[str, jax.Array]:
+    captured = capture(loss, params, batch)
     found: dict[str, jax.Array] = {}
     for reading in captured.readings:
         if reading.path in paths:
@@ -221,7 +232,7 @@ def _add_inputs(sums: PyTree, loss: Loss, params: PyTree, batch: PyTree, *, path
     for path in sorted(paths - found.keys()):
         where = f"it goes into {captured.unseen[path]!r}" if path in captured.unseen else "nothing reads it"
         raise UserMistake(f"what {path!r} is multiplied with cannot be seen: {where}. Leave it dense: `exclude` it.")
-    return map_by_path(lambda path, s: s + found[path], sums)
+    return found
 
 
 @partial(jax.jit, donate_argnums=0)

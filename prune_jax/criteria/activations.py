@@ -1,4 +1,4 @@
-"""Criteria of units that look at what a unit answers to the data: its activations, and what becomes of them."""
+"""Criteria that look at activations: what units answer to the data, and what weights are multiplied with."""
 
 from __future__ import annotations
 
@@ -16,12 +16,38 @@ from prune_jax.activations import capture
 from prune_jax.criteria.entry import criterion
 from prune_jax.errors import UserMistake
 from prune_jax.groups import Function, Group
-from prune_jax.statistics import Loss, examples_at_once
+from prune_jax.statistics import Loss, Statistics, examples_at_once
+from prune_jax.trees import PyTree
 from prune_jax.unit_statistics import Histogram, UnitStatistics, reading_members
 
 Groups = Mapping[str, Group]
 Leaves = Mapping[str, Any]
 Scores = dict[str, np.ndarray]
+
+
+@criterion(
+    "wanda",
+    formula="|w_ij| ||x_i||_2; with scope output compared within each output j",
+    paper="Sun et al. 2024, arXiv:2306.11695",
+    needs=("input_square",),
+    granularities=("weight", "n:m"),
+)
+def wanda(params: PyTree, stats: Statistics) -> PyTree:
+    """How much a weight adds to its output at most: its size times the norm of all that it is multiplied with.
+
+    s = |w| sqrt(mean over examples of the sum of x^2), which is the paper's up to a factor that all weights share. The
+    paper compares the inputs of each output with one another: that is `scope: output`, and n:m does so by itself. A
+    weight of a convolution has an input of its own at each position of the kernel; a row of a table of embeddings is
+    multiplied with 1 where it is looked up.
+
+    Args:
+        params: weights, leaves of any shape.
+        stats: `input_square`, shaped like `params`.
+
+    Returns:
+        Scores shaped like `params`, float32, >= 0.
+    """
+    return jax.tree.map(lambda w, x2: jnp.abs(w.astype(jnp.float32)) * jnp.sqrt(x2), params, stats.input_square)
 
 
 @criterion(
