@@ -106,7 +106,7 @@ def capture(apply: Callable[..., Any], params: PyTree, *inputs: Any, places: Ite
     >>> seen.path, seen.along(0), seen.squares()[:, 0]
     ('w', Array([[1., 2.]], dtype=float32), Array([1., 4.], dtype=float32))
     """
-    function = Function.of(apply, jax.tree.map(_struct, params), jax.tree.map(_struct, inputs))
+    function = Function.of(apply, jax.tree.map(struct, params), jax.tree.map(struct, inputs))
     named = leaves_by_path(params)
     walk = _Walk(frozenset(places))
     values = [_Value(leaf, _PARAMS, _View.of(path, np.shape(leaf))) for path, leaf in named.items()]
@@ -117,7 +117,8 @@ def capture(apply: Callable[..., Any], params: PyTree, *inputs: Any, places: Ite
     return Captured(tuple(walk.readings), unseen, walk.at)
 
 
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+def struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Its shape and type."""
     return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
 
 
@@ -298,7 +299,7 @@ def _cut(eqn: JaxprEqn, operands: list[_Value]) -> Views:
 
 _MOVES: dict[str, Callable[[JaxprEqn, list[_Value]], Views]] = {
     **dict.fromkeys(("convert_element_type", "copy", "sharding_constraint", "optimization_barrier", "name"), _same),
-    **dict.fromkeys(("reduce_precision", "stop_gradient", "copy_p"), _same),
+    "reduce_precision": _same,
     **dict.fromkeys(("slice", "split", "dynamic_slice", "rev"), _cut),
     "transpose": _transpose,
     "reshape": _reshape,

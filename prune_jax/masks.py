@@ -83,6 +83,8 @@ def choose_n_of_m(scores: PyTree, n: int, m: int, *, alive: PyTree | None = None
 def _by_output(leaf: jax.Array, alive: jax.Array | None, prune: int) -> jax.Array:
     """All but so many of the lowest along the last axis, each by itself."""
     rows = math.prod(leaf.shape[:-1])
+    if prune in (0, rows):
+        return jnp.full(leaf.shape, prune == 0)
     tier = None if alive is None else alive.reshape(rows, -1)
     return n_of_m(leaf.reshape(rows, -1), tier, rows - prune, rows).reshape(leaf.shape)
 

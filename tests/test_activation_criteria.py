@@ -14,6 +14,7 @@ from prune_jax.group_scoring import score_groups
 from prune_jax.unit_statistics import FINE, gather_units
 from tests.compiling import compilations
 from tests.plain import TRAIN, run_plain, tiny
+from tests.test_stages import MODELS
 from tests.zoo import Make
 
 make = Make()
@@ -328,13 +329,13 @@ def pruned_by(criterion, granularity="group", **more):
     return {"kind": "prune", "criterion": criterion, "granularity": granularity, "target": {"sparsity": 0.5}, **more}
 
 
-@pytest.mark.parametrize("names", [OF_GROUPS[2::2], pytest.param(OF_GROUPS, marks=pytest.mark.slow)], ids=len)
-def test_a_recipe_prunes_groups_by_each(shared, names):
+@pytest.mark.slow
+def test_a_recipe_prunes_groups_by_each(shared):
     stages = {"train": TRAIN}
-    for name in names:
+    for name in OF_GROUPS:
         stages |= {name: pruned_by(name, after="train"), f"small-{name}": {"kind": "compact"}}
     _, results = run_plain(tiny(model={"kind": "mlp", "widths": [8, 6]}, **stages), shared)
-    for name in names:
+    for name in OF_GROUPS:
         groups = results[f"small-{name}"].metrics["groups"].values()
         assert sum(group["dead"] for group in groups) == 7
 
@@ -378,3 +379,20 @@ def test_what_the_recipe_cannot_mean_is_refused(name, options, message, shared):
     with pytest.raises(UserMistake, match="tiny: ") as caught:
         run_plain(tiny("numbers", model=model, objective="regression", **stages), shared)
     assert message in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cnn", "resnet", "gru", "nnx", "linen"])
+def test_what_is_compact_is_pruned_again(shared, kind):
+    data, model, objective = MODELS[kind]
+    stages = {"train": TRAIN, "prune": pruned_by("mutual_information"), "compact": {"kind": "compact"}}
+    stages |= {
+        "again": pruned_by("correlation", schedule={"kind": "iterative", "rounds": 2}),
+        "smaller": {"kind": "compact"},
+        "thin": {"kind": "prune", "criterion": "wanda", "scope": "output", "target": {"sparsity": 0.25}},
+    }
+    if kind == "gru":  # its kernels are read in a loop
+        stages.pop("thin")
+    _, results = run_plain(tiny(data, model=model, objective=objective, **stages), shared)
+    dead = [sum(g["dead"] for g in results[name].metrics["groups"].values()) for name in ("compact", "smaller")]
+    assert min(dead) > 0

@@ -181,6 +181,7 @@ def test_squares_of_products_and_lookups():
     same(found["e"], np.square(x).sum(0)[..., None] * np.ones((2, 3, 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention_fused_and_split", "checkpointed_blocks"])
 def test_squares_are_those_of_what_is_seen(name):
     """Where each value meets each weight of its index, as in dense layers, the two ways to the sums agree."""

@@ -45,8 +45,8 @@ def slowly(w, xx, *, sparsity=None, n_m=None, block=128, damping=0.01):
 CASES = [
     {"sparsity": 0.5},
     {"sparsity": 0.7, "block": 4},
-    {"sparsity": 0.55, "block": 5, "damping": 0.1},
-    {"n_m": (2, 4), "block": 4},
+    pytest.param({"sparsity": 0.55, "block": 5, "damping": 0.1}, marks=pytest.mark.slow),
+    pytest.param({"n_m": (2, 4), "block": 4}, marks=pytest.mark.slow),
     {"n_m": (2, 4), "block": 8},
     {"n_m": (1, 5), "block": 10},  # the last group is of two
     {"sparsity": 0.0},

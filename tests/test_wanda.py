@@ -85,6 +85,12 @@ def test_kernels_of_a_convolution_compete_for_their_output():
     assert (np.asarray(mask).all((0, 1)).sum(axis=0) == 6).all()
 
 
+@pytest.mark.parametrize(("shape", "sparsity", "alive"), [((1, 4), 0.4, 4), ((8, 3), 0.05, 24), ((2, 1, 3), 0.5, 3)])
+def test_outputs_of_few_inputs_lose_what_rounding_leaves_them(shape, sparsity, alive):
+    mask = pj.mask({"w": np.arange(np.prod(shape), dtype=np.float32).reshape(shape)}, sparsity=sparsity, scope="output")
+    assert int(mask["w"].sum()) == alive
+
+
 MISTAKES = [
     ({"keep": 3}, "each output loses the same share of its inputs: its target is sparsity, not keep"),
     ({"sparsity": 0.5, "min_keep": 2}, "min_keep = 2 counts a leaf's units, but scope output an output's"),

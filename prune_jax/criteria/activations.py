@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from prune_jax.activations import capture
+from prune_jax.activations import capture, struct
 from prune_jax.criteria.entry import criterion
 from prune_jax.errors import UserMistake
 from prune_jax.groups import Function, Group
@@ -379,7 +379,7 @@ def _add_influence(
     *,
     held: tuple[tuple[str, frozenset[str]], ...],
 ) -> dict[str, jax.Array]:
-    function = Function.of(loss, *jax.tree.map(_struct, (leaves, (batch,))))
+    function = Function.of(loss, *jax.tree.map(struct, (leaves, (batch,))))
     paths = list(function.named)
     joins = {frozenset(paths[p] for p in branch.params): branch.joins for branch in function.branches}
     for name, mine in held:
@@ -394,10 +394,6 @@ def _add_influence(
         return jnp.mean(jnp.stack(turns))
 
     return {name: total[name] + count * influence(mine) for name, mine in held}
-
-
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
 
 
 def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
