@@ -19,17 +19,19 @@ from prune_jax.trees import matches, names_in
 
 Scope = str | Mapping[str, float]
 
-SCOPES = ("global", "layer", "erk", "lamp")
+SCOPES = ("global", "layer", "erk", "lamp", "output")
+BY_OUTPUT = ("weight", "kernel")  # granularities whose units are inputs of an output
 _ONE_POOL = ("global", "lamp")
 TARGETS = ("sparsity", "keep", "threshold", "statistic", "percentile")
 STATISTICS = ("mean", "median")
 
 
 class Pool(NamedTuple):
-    """Leaves whose units compete, and how many of those die."""
+    """Leaves whose units compete, and how many of those die; by output: those along the last axis, each so many."""
 
     paths: tuple[str, ...]
     prune: int | jax.Array
+    by_output: bool = False
 
 
 def allocate(
@@ -52,11 +54,12 @@ def allocate(
     those that are dead already included; `threshold`, `statistic` and `percentile` make a number of each pool's living
     scores, below which they die. In `layer`, each leaf gets the sparsity, rounded; a `keep` is shared out by size.
     `erk` gives leaf l the density eps * sum(shape) / prod(shape), at most 1, with eps such that the total is as asked
-    (Evci et al. 2020, arXiv:1911.11134; Mocanu et al. 2018).
+    (Evci et al. 2020, arXiv:1911.11134; Mocanu et al. 2018). In `output`, the inputs of each output of a leaf, an index
+    of its last axis, compete, and the sparsity of them dies, rounded.
 
     Args:
         scores: scores of units by path, finite.
-        scope: `global`, `layer`, `erk`, `lamp`, or {pattern: sparsity}: the first pattern that fits a leaf wins,
+        scope: `global`, `layer`, `erk`, `lamp`, `output`, or {pattern: sparsity}: the first pattern that fits wins,
             leaves that none fits stay dense, and no target is given.
         sparsity: fraction that dies, in [0, 1).
         keep: so many survive.
@@ -80,6 +83,8 @@ def allocate(
     floor = {path: min(min_keep, int(alive[path].sum()) if path in alive else size) for path, size in sizes.items()}
     if isinstance(scope, Mapping):
         return tuple(_fraction(path, share, sizes, floor) for path, share in _table(scope, sizes).items())
+    if scope == "output":
+        return tuple(_of_outputs(path, np.shape(leaf), float(sparsity or 0), min_keep) for path, leaf in scores.items())
     if scope == "layer" and sparsity is not None:
         return tuple(_fraction(path, sparsity, sizes, floor) for path in sizes)
     if sparsity is not None or keep is not None:
@@ -150,7 +155,17 @@ def _only_target(targets: Mapping[str, Any], scope: Scope) -> tuple[str, Any]:
         raise UserMistake(f"the target is {' and '.join(given) or 'missing'}; give exactly one of {', '.join(TARGETS)}")
     if scope == "erk" and given[0] not in ("sparsity", "keep"):
         raise UserMistake(f"erk shares out a number of survivors: its target is sparsity or keep, not {given[0]}")
+    if scope == "output" and given[0] != "sparsity":
+        raise UserMistake(f"each output loses the same share of its inputs: its target is sparsity, not {given[0]}")
     return given[0], targets[given[0]]
+
+
+def _of_outputs(path: str, shape: tuple[int, ...], sparsity: float, min_keep: int) -> Pool:
+    if len(shape) < 2:
+        raise UserMistake(f"scope output needs kernels [.., in, out], but {path!r} is {list(shape)}; exclude it")
+    if min_keep:
+        raise UserMistake(f"min_keep = {min_keep} counts a leaf's units, but scope output an output's; leave it out")
+    return Pool((path,), round(sparsity * math.prod(shape[:-1])), by_output=True)
 
 
 def check_sparsity(value: Any, name: str = "sparsity") -> None:

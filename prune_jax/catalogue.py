@@ -17,6 +17,7 @@ SCOPES = {
         "all compete by s² / (sum of the squares not smaller in their layer); scores >= 0",
         "Lee et al. 2021, arXiv:2010.07611",
     ),
+    "output": ("the inputs of each output compete, each loses the same share", "Sun et al. 2024, arXiv:2306.11695"),
     "isomorphic": ("groups that do the same in different places compete", "Fang et al. 2024, arXiv:2407.04616"),
     "{pattern: sparsity}": ("each layer has its own sparsity; first pattern that fits", ""),
 }
@@ -65,7 +66,7 @@ def methods_tables() -> Iterator[Table]:
     table = _table("criterion", "score (the lowest dies first)", "needs", "granularity", "paper")
     for name in CRITERIA:
         entry = CRITERIA[name]
-        needs = ", ".join(sorted(entry.needs)) or "nothing"
+        needs = ", ".join(sorted(entry.needs)) or ("nothing" if entry.data_free else "loss")
         table.add_row(name, escape(entry.formula), needs, escape(", ".join(entry.granularities)), escape(entry.paper))
     yield table
     table = _table("perturbation", "of the inputs that a criterion sees", "paper")

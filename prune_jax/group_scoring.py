@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from prune_jax.compaction import TracedNetwork
 from prune_jax.criteria import Criterion
@@ -16,6 +18,7 @@ from prune_jax.groups import Group
 from prune_jax.scoring import prunable_paths, score
 from prune_jax.statistics import Apply, Loss, unit_taylor
 from prune_jax.trees import PyTree, leaves_by_path
+from prune_jax.unit_statistics import gather_units
 
 
 def score_groups(
@@ -25,6 +28,7 @@ def score_groups(
     *,
     prefix: str = "",
     loss: Loss | None = None,
+    correct: Loss | None = None,
     batches: Iterable[PyTree] | None = None,
     apply: Apply | None = None,
     inputs: Any = None,
@@ -42,6 +46,7 @@ def score_groups(
         params: the weights that are scored.
         prefix: what stands before their paths in the trace, such as `params/`.
         loss: as in `score`.
+        correct: `correct(params, batch) -> [batch]`, 1 where the answer is right, else 0; for criteria that ask for it.
         batches: as in `score`.
         apply: as in `score`.
         inputs: as in `score`.
@@ -70,7 +75,7 @@ def score_groups(
         found = unit_taylor(lambda tree: _sums(groups, prefix, tree), loss, params, batches, prunable=paths)
         return {name: np.asarray(values) for name, values in jax.device_get(found).items()}
     if combined.startswith("unit"):
-        return _of_units(criterion, groups, params, prefix, loss, batches, options)
+        return _of_units(criterion, groups, params, prefix, loss, correct, batches, options)
     given: dict[str, Any] = {"loss": loss, "batches": batches, "apply": apply, "inputs": inputs}
     scores = score(criterion, params, exclude=exclude, key=key, options=options, **given)
     named = {f"{prefix}{path}": leaf for path, leaf in leaves_by_path(scores).items()}
@@ -83,20 +88,40 @@ def _of_units(
     params: PyTree,
     prefix: str,
     loss: Loss | None,
+    correct: Loss | None,
     batches: Iterable[PyTree] | None,
     options: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
     leaves = {f"{prefix}{path}": leaf for path, leaf in leaves_by_path(params).items()}
     if criterion.data_free:
         return criterion.function(groups, leaves, **options)
+    if "correct" in criterion.needs and correct is None:
+        raise UserMistake(
+            f"criterion {criterion.name!r} needs answers that are right or wrong: give correct=, (params, batch) -> "
+            "[batch]; in a recipe, the objective `classification` has them."
+        )
     if loss is None or batches is None:
         raise UserMistake(f"criterion {criterion.name!r} needs the loss: give loss= and batches=.")
-    structure = jax.tree.structure(params)
+    of_leaves = _OfLeaves(jax.tree.structure(params), tuple(leaves))
+    function = Partial(of_leaves, loss if isinstance(loss, Partial) else Partial(loss))
+    if criterion.combine == "unit and activations":
+        stats = gather_units(criterion.needs_with(options), groups, function, leaves, batches)
+        return criterion.function(groups, stats, **options)
+    given: dict[str, Any] = {"loss": function}
+    if "correct" in criterion.needs:
+        given = {"correct": Partial(of_leaves, correct if isinstance(correct, Partial) else Partial(correct))}
+    return criterion.function(groups, leaves, batches=batches, **given, **options)
 
-    def of_leaves(flat: Mapping[str, Any], batch: PyTree) -> jax.Array:
-        return loss(jax.tree.unflatten(structure, [flat[path] for path in leaves]), batch)
 
-    return criterion.function(groups, leaves, loss=of_leaves, batches=batches, **options)
+@dataclass(frozen=True)
+class _OfLeaves:
+    """A function of parameters as one of their leaves by path; equal for equal parameters, so that it compiles once."""
+
+    structure: Any
+    paths: tuple[str, ...]
+
+    def __call__(self, function: Loss, leaves: Mapping[str, Any], batch: PyTree) -> Any:
+        return function(jax.tree.unflatten(self.structure, [leaves[path] for path in self.paths]), batch)
 
 
 def _paths(group: Group) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,6 +40,10 @@ def choose(scores: PyTree, pools: Iterable[Pool], *, alive: PyTree | None = None
                 "more than 2**31 - 1 units compete in one pool, more than can be counted; choose the scope layer."
             )
         tiers = [living.get(path) for path in pool.paths]
+        if pool.by_output:
+            held = zip(pool.paths, tiers, strict=True)
+            chosen |= {path: _by_output(leaves[path], tier, int(pool.prune)) for path, tier in held}
+            continue
         if min_keep:
             tiers = [_protect(leaves[path], tier, min_keep) for path, tier in zip(pool.paths, tiers, strict=True)]
         chosen |= zip(pool.paths, all_but_lowest([leaves[p] for p in pool.paths], tiers, pool.prune), strict=True)
@@ -73,6 +78,15 @@ def choose_n_of_m(scores: PyTree, n: int, m: int, *, alive: PyTree | None = None
         return found if tier is None else found & tier
 
     return map_by_path(mask, scores)
+
+
+def _by_output(leaf: jax.Array, alive: jax.Array | None, prune: int) -> jax.Array:
+    """All but so many of the lowest along the last axis, each by itself."""
+    rows = math.prod(leaf.shape[:-1])
+    if prune in (0, rows):
+        return jnp.full(leaf.shape, prune == 0)
+    tier = None if alive is None else alive.reshape(rows, -1)
+    return n_of_m(leaf.reshape(rows, -1), tier, rows - prune, rows).reshape(leaf.shape)
 
 
 def _protect(leaf: jax.Array, alive: jax.Array | None, min_keep: int) -> jax.Array:

@@ -120,6 +120,23 @@ def mean_loss(network: Network, objective_name: str, state: PyTree) -> Callable[
 
 
 @functools.lru_cache(maxsize=16)
+def _right_function(network: Network, objective_name: str) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
+    accuracy = objective(objective_name).metrics["accuracy"]
+
+    def right(state: PyTree, params: PyTree, batch: PyTree) -> jax.Array:
+        return accuracy(network.apply(params, state, inputs_of(batch), train=False, key=None)[0], batch)
+
+    return right
+
+
+def right_answers(network: Network, objective_name: str, state: PyTree) -> Callable[[PyTree, PyTree], jax.Array] | None:
+    """Which answers of the resting network are right, `(params, batch) -> [batch]`; None for an objective without."""
+    if "accuracy" not in objective(objective_name).metrics:
+        return None
+    return jax.tree_util.Partial(_right_function(network, objective_name), state)
+
+
+@functools.lru_cache(maxsize=16)
 def _forward(network: Network) -> Callable[..., PyTree]:
     return lambda state, params, *inputs: network.apply(params, state, inputs, train=False, key=None)[0]
 

@@ -80,6 +80,10 @@ def _check_names(recipe: Recipe) -> None:
         if stage.kind in {"score", "prune"}:
             with _at(recipe.name, f"{where}.criterion.name", stage.criterion.name):
                 criterion = find(stage.criterion.name)
+                if "correct" in criterion.needs and "accuracy" not in goal.metrics:
+                    raise UserMistake("needs answers that are right or wrong: objective `classification`")
+                if "label_histogram" in criterion.needs and data.classes is None:
+                    raise UserMistake("needs labels, but `y` holds numbers; choose entropy, which does without")
             with _at(recipe.name, f"{where}.criterion.options", stage.criterion.options):
                 criterion.check_options(stage.criterion.options)
             with _at(recipe.name, f"{where}.criterion.combine", stage.criterion.combine):
@@ -172,20 +176,25 @@ def _check_network(problem: Problem, recipe: Recipe) -> None:
             inputs_of(sample),
         )
         check(objective(problem.objective), outputs, sample, classes=data.classes)
-    _check_targets(network, inputs_of(sample), variables.params, recipe)
+    _check_targets(network, sample, variables, recipe)
 
 
-def _check_targets(network: Any, inputs: Any, params: Any, recipe: Recipe) -> None:
+def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) -> None:
     """Refuses patterns that fit no parameter, and more survivors than there are weights."""
     import jax
 
     from prune_jax.allocation import allocate
+    from prune_jax.criteria import find
     from prune_jax.granularity import check_granularity, check_leaves, unit_shape
     from prune_jax.group_stages import WIRED, kinds_of
+    from prune_jax.networks import mean_loss
+    from prune_jax.objectives import inputs_of
     from prune_jax.scoring import prunable_paths
+    from prune_jax.statistics import check_inputs
     from prune_jax.structure import groups_of
     from prune_jax.trees import leaves_by_path
 
+    inputs, params = inputs_of(sample), variables.params
     wiring = parents_of(recipe.stages)
     for name, stage in recipe.stages.items():
         if stage.kind not in {"score", "mask", "prune"}:
@@ -203,6 +212,10 @@ def _check_targets(network: Any, inputs: Any, params: Any, recipe: Recipe) -> No
         with _at(recipe.name, f"stages.{name}.granularity", scored.granularity):
             unit = check_granularity(scored.granularity)
             check_leaves(shapes, unit)
+        if "input_square" in find(scored.criterion.name).needs:
+            with _at(recipe.name, f"stages.{name}.criterion.name", scored.criterion.name):
+                loss = mean_loss(network, recipe.objective, variables.state)
+                check_inputs(loss, params, sample, prunable=paths)
         if unit.fixed or stage.kind == "score" or (stage.target and stage.target.word not in {"sparsity", "keep"}):
             continue
         target = stage.target.model_dump(exclude_none=True) if stage.target else {}

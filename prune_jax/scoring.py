@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prune_jax.allocation import TARGETS, Scope, allocate
+from prune_jax.allocation import BY_OUTPUT, TARGETS, Scope, allocate
 from prune_jax.criteria import CRITERIA, Criterion, find
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.granularity import (
@@ -131,7 +131,8 @@ def score(
     of_loss = needs - OF_NETWORK
     if of_loss and (loss is None or batches is None):
         raise UserMistake(
-            f"criterion {entry.name!r} needs gradients: give loss=, (params, batch) -> scalar, and batches=."
+            f"criterion {entry.name!r} needs {'inputs' if needs == {'input_square'} else 'gradients'}: give loss=, "
+            "(params, batch) -> scalar, and batches=."
         )
     if needs & OF_NETWORK and (apply is None or inputs is None):
         raise UserMistake(
@@ -234,10 +235,10 @@ def mask(
         threshold: what scores below it dies.
         statistic: `mean` or `median`: what scores below that of the living scores dies.
         percentile: in [0, 100], interpolated linearly: what scores below it dies.
-        scope: within which set scores compete: `global`, `layer`, `erk`, `lamp`, or a table {pattern: sparsity} in
-            place of a target. In `lamp` all compete by their shares of what their leaf is left with, s^2 / (sum of the
-            squares not smaller), see `selection.shares`: one threshold that adapts to each leaf. A `threshold`,
-            `statistic` or `percentile` is then one of shares.
+        scope: within which set scores compete: `global`, `layer`, `erk`, `lamp`, `output` (the inputs of each output,
+            with a sparsity), or a table {pattern: sparsity} in place of a target. In `lamp` all compete by their shares
+            of what their leaf is left with, s^2 / (sum of the squares not smaller), see `selection.shares`: one
+            threshold that adapts to each leaf. A `threshold`, `statistic` or `percentile` is then one of shares.
         granularity: what dies together: `weight`; `neuron`, `kernel` or `{"block": [r, c]}`, whose score is the sum of
             its weights' scores (see `granularity.unit_scores`); or n:m such as `"2:4"`, where n are kept of each m
             weights along the inputs (see `masks.choose_n_of_m`), and no target, scope or `min_keep` is given.
@@ -280,6 +281,8 @@ def mask(
     else:
         if scope == "lamp":
             units = {path: _shares(path, leaf, living.get(path)) for path, leaf in units.items()}
+        if scope == "output" and unit.family not in BY_OUTPUT:
+            raise UserMistake(f"scope output goes with granularity {' or '.join(BY_OUTPUT)}, not with {unit}")
         pools = allocate(units, scope=scope, alive=living, shapes=shapes, min_keep=min_keep, **targets)
         chosen = choose(units, pools, alive=living, min_keep=min_keep)
     check_collapse(chosen)

@@ -35,6 +35,7 @@ from prune_jax.networks import (
     network_for,
     read_network,
     repeated,
+    right_answers,
     sparsity_of,
     validated,
 )
@@ -148,6 +149,8 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
     entry, params = find(criterion["name"]), loaded.variables.params
     if granularity in WIRED:
         net, kinds = groups_for(call.problem, loaded.keep), kinds_of(call.settings)
+        network = network_for(call.problem, loaded.keep)
+        given["correct"] = right_answers(network, call.problem.objective, loaded.variables.state)
         scores: Any = score_groups(net, entry, params, prefix="params/", kinds=kinds, **given)
     else:
         scores = score(entry, params, granularity=granularity, **given)

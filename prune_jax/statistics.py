@@ -1,4 +1,4 @@
-"""One pass over batches, two for H g, for what criteria need to know of the loss; `flow` for what of the network.
+"""One pass over batches, two for H g, for what criteria need to know of the loss and its inputs; `flow` for the rest.
 
 Sums stay on the device, and memory does not grow with the number of batches.
 """
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from prune_jax.activations import capture
 from prune_jax.blocks import cut, grid
 from prune_jax.errors import UserMistake, did_you_mean
-from prune_jax.trees import PyTree, leaves_by_path, select
+from prune_jax.trees import PyTree, leaves_by_path, map_by_path, select
 
 # Gradients of single examples held at once. XLA multiplies batches of matrices on CPU with plain loops: there, all but
 # the smallest networks are ten times faster one example at a time.
@@ -37,6 +38,7 @@ class Statistics(NamedTuple):
     hessian_diagonal: PyTree | None = None  # mean over batches and random signs z of z * (H z), estimates diag(H)
     fisher_blocks: PyTree | None = None  # mean over examples of g_i g_i^T in the blocks of `blocks.cut`
     flow: PyTree | None = None  # dR/d|w| of the network alone, see `flow`
+    input_square: PyTree | None = None  # mean over examples of the sum of x^2, x all that a weight is multiplied with
 
 
 _OF_BATCH: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -45,6 +47,7 @@ _OF_BATCH: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gradient_square": jnp.square,
 }
 _OF_EXAMPLE = "example_gradient_square"
+_OF_INPUT = "input_square"
 _SECOND_PASS = "hessian_gradient"
 _PROBED = "hessian_diagonal"
 _BLOCKS = "fisher_blocks"
@@ -122,7 +125,7 @@ def gather(
     sums = {need: _zeros(params, paths) for need in needs - {_BLOCKS}}
     blocks = jax.tree.map(lambda w: _no_products(w.shape, block), select(params, paths)) if _BLOCKS in needs else None
     of_batch = {need: sums[need] for need in needs if need in _OF_BATCH}
-    of_example, probed = sums.get(_OF_EXAMPLE), sums.get(_PROBED)
+    of_example, of_input, probed = sums.get(_OF_EXAMPLE), sums.get(_OF_INPUT), sums.get(_PROBED)
     examples = 0
     for i, batch in enumerate(batches):
         count = _examples(batch)
@@ -139,12 +142,14 @@ def gather(
             words = {"paths": paths, "chunk": chunk, "held": _chunk(select(params, paths), chunk), "block": block}
             for start in range(0, count, chunk):
                 blocks = _add_products(blocks, loss, params, there, start, **words)
+        if of_input is not None:
+            of_input = _add_inputs(of_input, loss, params, batch, paths=paths)
         examples += count
     if not examples:
         raise UserMistake(
             "there are no batches to gather statistics from; give at least one, and no exhausted iterator."
         )
-    found = {**of_batch, _OF_EXAMPLE: of_example, _PROBED: probed, _BLOCKS: blocks}
+    found = {**of_batch, _OF_EXAMPLE: of_example, _OF_INPUT: of_input, _PROBED: probed, _BLOCKS: blocks}
     return Statistics(**_means({need: tree for need, tree in found.items() if tree is not None}, examples))
 
 
@@ -247,8 +252,12 @@ def _examples(batch: PyTree) -> int:
 
 
 def _chunk(sums: PyTree, count: int) -> int:
-    """Examples at once: the largest divisor of the batch whose gradients are small enough, so that one shape does."""
-    one = sum(leaf.nbytes for leaf in jax.tree.leaves(sums))
+    """Examples at once: as many of the batch as have gradients that are small enough."""
+    return examples_at_once(sum(leaf.nbytes for leaf in jax.tree.leaves(sums)), count)
+
+
+def examples_at_once(one: int, count: int) -> int:
+    """So many of `count` examples at once, if each takes `one` bytes: a divisor, so that one shape does."""
     held = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
     return _divisor(count, held // max(one, 1))
 
@@ -376,6 +385,30 @@ def _add_products(
     examples = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, chunk), batch)
     gradients = jax.lax.map(of_one, examples, batch_size=held if held > 1 else None)
     return jax.tree.map(lambda s, g: s + jnp.einsum("nobi,nobj->obij", g, g), sums, gradients)
+
+
+@partial(jax.jit, static_argnames=("paths",), donate_argnums=0)
+def _add_inputs(sums: PyTree, loss: Loss, params: PyTree, batch: PyTree, *, paths: frozenset[str]) -> PyTree:
+    found = _input_squares(loss, params, batch, paths)
+    return map_by_path(lambda path, s: s + found[path], sums)
+
+
+def check_inputs(loss: Loss, params: PyTree, batch: PyTree, *, prunable: Collection[str]) -> None:
+    """Refuses leaves for which `input_square` cannot be gathered; shapes will do, nothing is computed."""
+    loss = loss if isinstance(loss, Partial) else Partial(loss)
+    jax.eval_shape(lambda l, p, b: _input_squares(l, p, b, frozenset(prunable)), loss, params, batch)
+
+
+def _input_squares(loss: Loss, params: PyTree, batch: PyTree, paths: frozenset[str]) -> dict[str, jax.Array]:
+    captured = capture(loss, params, batch)
+    found: dict[str, jax.Array] = {}
+    for reading in captured.readings:
+        if reading.path in paths:
+            found[reading.path] = found.get(reading.path, jnp.float32(0)) + reading.squares()
+    for path in sorted(paths - found.keys()):
+        where = f"it goes into {captured.unseen[path]!r}" if path in captured.unseen else "nothing reads it"
+        raise UserMistake(f"what {path!r} is multiplied with cannot be seen: {where}. Leave it dense: `exclude` it.")
+    return found
 
 
 @partial(jax.jit, donate_argnums=0)

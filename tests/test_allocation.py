@@ -147,7 +147,7 @@ MISTAKES = [
     ({"sparsity": 0.5, "keep": 3}, "the target is sparsity and keep; give exactly one of"),
     (
         {"scope": "erc", "keep": 3},
-        "scope 'erc' is not known; did you mean 'erk'? (allowed: global, layer, erk, lamp, or a t",
+        "scope 'erc' is not known; did you mean 'erk'? (allowed: global, layer, erk, lamp, output, or a t",
     ),
     ({"scope": "erk", "threshold": 0.1}, "erk shares out a number of survivors: its target is sparsity or keep, not"),
     ({"scope": {"out": 0.5}, "keep": 3}, "a table in scope says how many die where; leave keep out"),

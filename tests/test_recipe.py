@@ -397,7 +397,7 @@ BEGINNINGS = [
         "stages/prune/scope",
         "erks",
         "stages.prune.scope = 'erks': is not known; did you mean 'erk'? "
-        "(allowed: global, layer, erk, lamp, isomorphic, or a table {pattern: sparsity})",
+        "(allowed: global, layer, erk, lamp, output, isomorphic, or a table {pattern: sparsity})",
     ),
     ("stages/prune/exclude", "output", "stages.prune.exclude = 'output': must be a list, such as [a, b]"),
     (

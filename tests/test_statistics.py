@@ -75,6 +75,17 @@ def test_means_agree_with_gradients_by_hand(params, sizes, chunk_bytes, monkeypa
         assert getattr(found, field)["steps"] is None
 
 
+@pytest.mark.parametrize("sizes", [(8,), (8, 3)], ids=["one", "remainder"])
+def test_squares_of_what_a_weight_is_multiplied_with(params, sizes):
+    batches = make_batches(*sizes)
+    found = gather({"input_square"}, loss, params, iter(batches), prunable=["kernel"]).input_square
+    x = np.concatenate([batch["x"] for batch in batches])
+    np.testing.assert_allclose(found["kernel"], np.mean(x**2, axis=0)[:, None] * np.ones((4, 3)), rtol=1e-5)
+    assert found["bias"] is None
+    with pytest.raises(UserMistake, match="what 'bias' is multiplied with cannot be seen: it goes into 'add'"):
+        gather({"input_square"}, loss, params, batches)
+
+
 def test_the_gradient_of_all_examples_does_not_depend_on_the_batches(params):
     (whole,) = make_batches(10)
     parts = [jax.tree.map(lambda a: a[:7], whole), jax.tree.map(lambda a: a[7:], whole)]

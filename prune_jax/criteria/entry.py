@@ -31,12 +31,13 @@ class Criterion:
     function: Callable[..., PyTree]
     formula: str
     paper: str
-    needs: frozenset[str] = frozenset()  # fields of Statistics
+    needs: frozenset[str] = frozenset()  # fields of Statistics or UnitStatistics; `correct`: answers right or wrong
     needs_if: Mapping[str, frozenset[str]] = field(default_factory=dict)  # needed instead where that option is set
     granularities: tuple[str, ...] = FAMILIES
     # Of a unit's scores, as in granularity.unit_scores. "p": the norm that the option p names; "square of sum": mean
     # over batches of (sum g w)^2, whatever the function makes of single weights. "unit": the function scores units,
-    # `function(groups, leaves, **options)`, see criteria.units; "unit and loss": it takes `loss` and `batches`, too.
+    # `function(groups, leaves, **options)`, see criteria.units; "unit and loss": it takes `loss` (or `correct`) and
+    # `batches`, too; "unit and activations": `function(groups, stats, **options)`, see criteria.activations.
     combine: str = "sum"
     # Of a solver: `compensate(params, stats, masks, **options)` answers the weights under masks, survivors corrected.
     compensate: Callable[..., PyTree] | None = None
@@ -85,6 +86,8 @@ class Criterion:
                 raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be a number above 0")
             if name == "p" and value not in NORMS:
                 raise UserMistake(f"criterion {self.name!r}: p = {value!r} is not possible (allowed: 1, 2, inf)")
+            if name == "bins" and value not in range(2, 65):
+                raise UserMistake(f"criterion {self.name!r}: bins = {value!r} is not possible (allowed: 2 to 64)")
 
     def combine_with(self, options: Mapping[str, Any], wanted: str | None = None) -> str:
         """How a unit's score is made of its weights' scores: a name of `granularity.unit_scores`, the `wanted` one."""
@@ -103,7 +106,7 @@ class Criterion:
         return self.function(*args, **options)
 
 
-OURS = ("key", "loss", "batches")  # what a criterion is given, and no option
+OURS = ("key", "loss", "correct", "batches")  # what a criterion is given, and no option
 COMBINE = ("sum", "mean", "l1", "l2", "max")  # what one may want to be made of the scores of a unit's weights
 COUNTS = ("probes", "block")
 NORMS = {1: "sum", 2: "l2", float("inf"): "max", "inf": "max"}

@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 # How equations of these call a function on their own operands, and where it stands.
 CALLS = {name: "jaxpr" for name in ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")}
-_DERIVATIVES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # their bodies stay as they are
+DERIVATIVES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # their bodies stay as they are
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Graph:
             here = None if place is None else (*place, i)
             ins = [value(atom) for atom in eqn.invars]
             name = eqn.primitive.name
-            held = eqn.params.get(CALLS.get(name) or _DERIVATIVES.get(name, ""))
+            held = eqn.params.get(CALLS.get(name) or DERIVATIVES.get(name, ""))
             if held is not None:
                 body = held.jaxpr if isinstance(held, ClosedJaxpr) else held
                 outs = self._walk(body, ins, here if name in CALLS else None)

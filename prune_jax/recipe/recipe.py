@@ -115,11 +115,11 @@ class Score(Stage, Prunable):
 class Allocation(Frozen):
     """Where how many die."""
 
-    scope: Literal["global", "layer", "erk", "lamp", "isomorphic"] | dict[str, Fraction] = Field(
+    scope: Literal["global", "layer", "erk", "lamp", "output", "isomorphic"] | dict[str, Fraction] = Field(
         default="global",
         description="within which set scores compete; a table {pattern: sparsity} sets each layer's own; "
         "lamp: by their share s^2 / (sum of the squares not smaller in the layer) all compete; "
-        "isomorphic: groups that do the same in different places",
+        "output: the inputs of each output; isomorphic: groups that do the same in different places",
     )
     target: Target | None = Field(default=None, description="how many die; left out with a table and with n:m")
     min_keep: int = Field(default=0, ge=0, description="so many units of each layer survive whatever their scores")
@@ -134,11 +134,22 @@ class Allocation(Frozen):
             raise ValueError(
                 f"erk shares out a number of survivors: its target is sparsity or keep, not {self.target.word}"
             )
+        elif self.scope == "output" and self.target is not None and self.target.word != "sparsity":
+            raise ValueError(
+                f"each output loses the same share of its inputs: its target is sparsity, not {self.target.word}"
+            )
+        elif self.scope == "output" and self.min_keep:
+            raise mistake("min_keep", "counts a layer's units, but scope output an output's; leave it out")
         return self
 
 
 _BUDGETS = ("sparsity", "params", "macs", "latency")
-_SCOPES = {"group": ("global", "layer", "isomorphic"), "layer": ("global",)}
+_WIRED = ("group", "layer")
+_SCOPES = {
+    "group": ("global", "layer", "isomorphic"),
+    "layer": ("global",),
+    **dict.fromkeys(("weight", "kernel"), ("global", "layer", "erk", "lamp", "output")),
+}
 _TARGETS = {"group": _BUDGETS, "layer": _BUDGETS}
 
 
@@ -156,7 +167,7 @@ def check_units(stage: Allocation, written: Any, where: str = "") -> None:
     scopes = _SCOPES.get(granularity.family, ("global", "layer", "erk", "lamp"))
     words = _TARGETS.get(granularity.family, ("sparsity", "keep", "threshold", "statistic", "percentile"))
     shown = stage.scope if isinstance(stage.scope, str) else "a table"
-    if shown not in scopes and not (isinstance(stage.scope, dict) and granularity.family not in _SCOPES):
+    if shown not in scopes and not (isinstance(stage.scope, dict) and granularity.family not in _WIRED):
         message = f"{shown} does not go with granularity {granularity} (allowed: {', '.join(scopes)})"
         raise mistake(f"{where}scope", message)
     word = stage.target.word if stage.target else words[0]
