@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from prune_jax.costs import Cost, cost
     from prune_jax.launch import run
     from prune_jax.masks import apply_masks
+    from prune_jax.schedules import cubic
     from prune_jax.scoring import mask, score
-    from prune_jax.sparse_training import masked
+    from prune_jax.sparse_training import gradual, masked
 
 _HOME = {
     "Cost": "prune_jax.costs",
     "apply_masks": "prune_jax.masks",
     "cost": "prune_jax.costs",
+    "cubic": "prune_jax.schedules",
+    "gradual": "prune_jax.sparse_training",
     "mask": "prune_jax.scoring",
     "masked": "prune_jax.sparse_training",
     "run": "prune_jax.launch",
@@ -27,7 +30,7 @@ _HOME = {
     "trace": "prune_jax.compaction",
 }
 
-__all__ = ["Cost", "apply_masks", "cost", "mask", "masked", "run", "score", "trace"]
+__all__ = ["Cost", "apply_masks", "cost", "cubic", "gradual", "mask", "masked", "run", "score", "trace"]
 
 
 def __getattr__(name: str) -> Any:
