@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prune_jax.masks import apply_masks
     from prune_jax.schedules import cubic
     from prune_jax.scoring import mask, score
-    from prune_jax.sparse_training import gradual, masked
+    from prune_jax.sparse_training import gradual, masked, rigl, sparse_evolution, static
 
 _HOME = {
     "Cost": "prune_jax.costs",
@@ -25,12 +25,29 @@ _HOME = {
     "gradual": "prune_jax.sparse_training",
     "mask": "prune_jax.scoring",
     "masked": "prune_jax.sparse_training",
+    "rigl": "prune_jax.sparse_training",
     "run": "prune_jax.launch",
     "score": "prune_jax.scoring",
+    "sparse_evolution": "prune_jax.sparse_training",
+    "static": "prune_jax.sparse_training",
     "trace": "prune_jax.compaction",
 }
 
-__all__ = ["Cost", "apply_masks", "cost", "cubic", "gradual", "mask", "masked", "run", "score", "trace"]
+__all__ = [
+    "Cost",
+    "apply_masks",
+    "cost",
+    "cubic",
+    "gradual",
+    "mask",
+    "masked",
+    "rigl",
+    "run",
+    "score",
+    "sparse_evolution",
+    "static",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,20 @@ True = alive. It stands outermost in a chain; pruned weights are exactly zero af
 """
 
 from prune_jax.sparse_training.changing import SparseState
+from prune_jax.sparse_training.dynamic import rigl, sparse_evolution, static
 from prune_jax.sparse_training.entry import METHODS, Method, method
 from prune_jax.sparse_training.gradual import gradual
 from prune_jax.sparse_training.masked import MaskedState, masked
 
-__all__ = ["METHODS", "MaskedState", "Method", "SparseState", "gradual", "masked", "method"]
+__all__ = [
+    "METHODS",
+    "MaskedState",
+    "Method",
+    "SparseState",
+    "gradual",
+    "masked",
+    "method",
+    "rigl",
+    "sparse_evolution",
+    "static",
+]

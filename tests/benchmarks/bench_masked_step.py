@@ -1,4 +1,4 @@
-"""The jitted training step under masks against the dense one, with donated buffers."""
+"""The jitted training step under masks, fixed or changing, against the dense one, with donated buffers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from prune_jax.schedules import cubic
 from prune_jax.scoring import mask, score
-from prune_jax.sparse_training import masked
+from prune_jax.sparse_training import gradual, masked, rigl
 from tests.benchmarks.networks import NETWORKS
 from tests.benchmarks.rounds import Figure, in_turns, ratio
 
+EVERY = 100  # steps between two changes of the masks, as in the papers
 OPTIMIZERS = {"sgd": optax.sgd(1e-2, momentum=0.9), "adam": optax.adam(1e-3), "adamw": optax.adamw(1e-3)}
 
 
@@ -51,4 +53,23 @@ def measure(rounds: int = 21) -> dict[str, Figure]:
             seconds = in_turns({"dense": dense, "again": again, "sparse": sparse}, rounds=rounds)
             found[f"{name} {optimizer}: masked step / dense step"] = ratio(seconds, "sparse", "dense")
             found[f"{name} {optimizer}: dense step / dense step"] = ratio(seconds, "again", "dense")
+        steps = EVERY
+        seconds = in_turns(
+            {
+                "dense": _stepper(loss, OPTIMIZERS["adam"], params, batch, steps),
+                "gradual": _stepper(loss, _gradual(), params, batch, steps),
+                "rigl": _stepper(loss, _rigl(), params, batch, steps),
+            },
+            rounds=rounds if name == "mlp" else rounds // 3,
+        )
+        for method in ("gradual", "rigl"):
+            found[f"{name} adam: {method} step, masks every {EVERY} / dense step"] = ratio(seconds, method, "dense")
     return found
+
+
+def _gradual() -> optax.GradientTransformation:
+    return gradual(OPTIMIZERS["adam"], schedule=cubic(0.0, 0.9, begin=0, end=1_000_000 // EVERY, every=EVERY))
+
+
+def _rigl() -> optax.GradientTransformation:
+    return rigl(OPTIMIZERS["adam"], sparsity=0.9, every=EVERY, end=10_000, key=jax.random.key(0))
