@@ -60,10 +60,11 @@ def trajectory(tx, steps, *, jit=True, start=None):
     return found
 
 
-def by_hand(inner, rule, steps, masks, *, pauses=lambda t: False):
+def by_hand(inner, rule, steps, masks):
     """The weights and the masks after each step, as dicts of numpy arrays.
 
-    `rule(t, masks, weights, gradients)` answers new masks; then the bare optimizer steps, seeing zeros where dead.
+    `rule(t, masks, weights, gradients)` answers new masks; then the bare optimizer steps with the weights that lived
+    before and live on, and sees zeros elsewhere.
     """
     tree = network()
     structure = jax.tree.structure(tree)
@@ -83,15 +84,15 @@ def by_hand(inner, rule, steps, masks, *, pauses=lambda t: False):
         g = {path: np.array(leaf) for path, leaf in leaves_by_path(gradient(grow(weights), batch_of(t))).items()}
         for path, mask in masks.items():
             weights[path] = np.where(mask, weights[path], 0).astype(np.float32)
-        masks = rule(t, masks, weights, g)
-        state = jax.tree.map(lambda leaf, masks=masks: kill(leaf, masks), state)
-        for path, mask in masks.items():
+        before, masks = masks, rule(t, masks, weights, g)
+        steady = {path: before[path] & mask for path, mask in masks.items()}
+        state = jax.tree.map(lambda leaf, steady=steady: kill(leaf, steady), state)
+        for path, mask in steady.items():
             g[path] = np.where(mask, g[path], 0)
             weights[path] = np.where(mask, weights[path], 0)
-        if not pauses(t):
-            updates, state = update(grow(g), state, grow(weights))
-            weights = {path: weights[path] + np.array(u) for path, u in leaves_by_path(updates).items()}
-        for path, mask in masks.items():
+        updates, state = update(grow(g), state, grow(weights))
+        weights = {path: weights[path] + np.array(u) for path, u in leaves_by_path(updates).items()}
+        for path, mask in steady.items():
             weights[path] = np.where(mask, weights[path], 0).astype(np.float32)
         found.append((dict(weights), dict(masks)))
     return found

@@ -59,7 +59,7 @@ def rigl_rule(t, masks, weights, gradients):
 @pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "momentum", "multi_transform"))
 def test_rigl_is_the_training_by_hand(name):
     found = trajectory(pj.rigl(OPTIMIZERS[name], **OPTIONS), 9)
-    wanted = by_hand(OPTIMIZERS[name], rigl_rule, 9, masks_of(found[0][1]), pauses=lambda t: t in (2, 4, 6))
+    wanted = by_hand(OPTIMIZERS[name], rigl_rule, 9, masks_of(found[0][1]))
     alike(found, wanted)
     assert any((a[path] != b[path]).any() for (_, a), (_, b) in pairwise(wanted) for path in a)
     for params, state in found:
@@ -69,18 +69,13 @@ def test_rigl_is_the_training_by_hand(name):
 
 def test_rigl_grows_from_zero_where_the_gradient_is_largest():
     grew = 0
-    for t, ((before, old), (after, new)) in enumerate(pairwise(trajectory(pj.rigl(optax.adam(1e-2), **OPTIONS), 8)), 1):
+    for t, ((_, old), (after, new)) in enumerate(pairwise(trajectory(pj.rigl(optax.adam(1e-2), **OPTIONS), 8)), 1):
         for path, mask in masks_of(new).items():
             grown = mask & ~masks_of(old)[path]
             grew += grown.sum()
             assert t in (2, 4, 6) or not grown.any()
             np.testing.assert_array_equal(leaves_by_path(after)[path][grown], 0)
             np.testing.assert_array_equal(leaves_by_path(new.inner[0].nu)[path][grown], 0)
-            survivors = mask & masks_of(old)[path]
-            if t in (2, 4, 6):  # such a step moves no weight
-                np.testing.assert_array_equal(
-                    leaves_by_path(after)[path][survivors], leaves_by_path(before)[path][survivors]
-                )
     assert grew
 
 

@@ -93,21 +93,19 @@ def changing(
     start: Callable[[PyTree], PyTree],
     due: Callable[[PyTree, jax.Array], jax.Array],
     change: Callable[[Now], PyTree],
-    pauses: bool = False,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `inner` in masks that change at some steps; between them it is `masked`.
 
-    At a step that is due, masks are chosen from the weights as the step finds them; then `inner` takes its step under
-    the new masks. The moments of dead weights are zero, and so those of one that comes alive; it starts
-    at zero.
+    At a step that is due, masks are chosen from the weights as the step finds them; then `inner` takes its step with
+    the weights that stay alive. One that comes alive is zero after that step, as are its moments, and moves from the
+    next step on.
 
     Args:
         inner: any optimizer.
         start: parameters -> masks.
         due: (masks, step) -> whether masks change; steps count from 0.
         change: what masks become.
-        pauses: whether `inner` takes no step where masks change.
         key: what random numbers are drawn from.
 
     Returns:
@@ -124,22 +122,20 @@ def changing(
         updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, SparseState]:
         params = needed(params)
-        held = apply_masks(params, state.masks)
-        now = Now(state.step, state.masks, held, updates, step_key(key, state))
+        key_now = step_key(key, state)
+
+        def changed(masks: PyTree, params: PyTree, gradients: PyTree) -> PyTree:
+            return change(Now(state.step, masks, apply_masks(params, masks), gradients, key_now))
+
         changes = due(state.masks, state.step)
-        masks = lax.cond(changes, change, lambda now: now.masks, now)
-        before, after = masks_of(params, state.masks), masks_of(params, masks)
-        moments = masked_state(state.inner, params, after)
-        steps, moved = inner.update(apply_masks(updates, masks), moments, apply_masks(held, masks), **extra)
-        if pauses:
-            steps = jax.tree.map(lambda u: jnp.where(changes, jnp.zeros_like(u), u), steps)
-            moved = jax.tree.map(lambda old, new: jnp.where(changes, old, new), moments, moved)
+        masks = lax.cond(changes, changed, lambda masks, *_: masks, state.masks, params, updates)
+        before = leaves_by_path(state.masks)
+        alive = {path: mask & before[path] for path, mask in masks_of(params, masks).items()}
+        moments = masked_state(state.inner, params, alive)
+        steps, moved = inner.update(apply_masks(updates, alive), moments, apply_masks(params, alive), **extra)
 
         def step(path: str, u: jax.Array, w: jax.Array) -> jax.Array:
-            if path not in after:
-                return u
-            grown = jnp.where(before[path], u, u - w)  # dead weights are zero but, it may be, for the first step's
-            return jnp.where(after[path], grown, -w)  # w + (-w) is 0
+            return jnp.where(alive[path], u, -w) if path in alive else u  # w + (-w) is 0
 
         paths = map_by_path(lambda path, _: path, steps)
         return jax.tree.map(step, paths, steps, params), SparseState(masks, moved, state.step + 1, state.key, None)

@@ -79,10 +79,10 @@ def sparse_evolution(
     """Sparse evolutionary training: of the n_l living weights of layer l, floor(drop n_l) move to random places.
 
     At steps t = every, 2 every, ... < end (from 0): the least |w| die; among all that is then dead, as many grow as are
-    drawn; then `inner` takes its step.
+    drawn.
 
-    Deviations from the paper: what grows starts at zero, not at random; the least positive and the least negative
-    weights are one set; a step may stand for an epoch.
+    Deviations from the paper: what grows starts at zero, not at random, and moves from the next step on; the least
+    positive and the least negative weights are one set; a step may stand for an epoch.
 
     Args:
         inner: any optimizer.
@@ -129,9 +129,10 @@ def rigl(
     """The rigged lottery: of the n_l living weights of layer l, floor(drop/2 (1 + cos(pi t/end)) n_l) move.
 
     At steps t = every, 2 every, ... < end (from 0): the least |w| die; among all that is then dead, those with the
-    largest |g| grow, g the gradient of the step's batch by all weights. As in the paper, such a step changes masks
-    alone, and `inner` does not move. What grows starts at zero with zero moments; what dies and grows at once stays as
-    it is.
+    largest |g| grow, g the gradient of the step's batch by all weights. What grows starts at zero with zero moments,
+    and moves from the next step on; what dies and grows at once stays as it is.
+
+    Deviation from the paper: at such a step the weights that stay alive move as at any other; there, all rest.
 
     Args:
         inner: any optimizer.
@@ -153,7 +154,6 @@ def rigl(
         start=_random_start(sparsity, scope, key, prunable, exclude),
         due=_due(shares),
         change=_move(shares, sparsity, scope, lambda now: jax.tree.map(jnp.abs, of_masked(now.gradients, now.masks))),
-        pauses=True,
     )
 
 
