@@ -80,6 +80,16 @@ def cubic(initial: float, final: float, *, begin: int, end: int, every: int = 1)
     return Levels(steps, (*(final + (initial - final) * (1 - share) ** 3 for share in shares[:-1]), final))
 
 
+def alternating(sparsity: float, *, begin: int, end: int, every: int) -> Levels:
+    """By turns `sparsity` and 0, each for `every` updates, and `sparsity` from `end` on (Peste et al. 2021).
+
+    >>> alternating(0.9, begin=2, end=7, every=2)
+    Levels(steps=(2, 4, 6, 7), sparsities=(0.9, 0.0, 0.9, 0.9))
+    """
+    steps = _steps(begin, end, every)
+    return Levels(steps, (*(0.0 if i % 2 else sparsity for i in range(len(steps) - 1)), sparsity))
+
+
 def _steps(begin: int, end: int, every: int) -> tuple[int, ...]:
     """Begin, begin + every, ..., and the end itself."""
     if not 0 <= begin <= end:

@@ -7,18 +7,25 @@ True = alive. It stands outermost in a chain; pruned weights are exactly zero af
 from prune_jax.sparse_training.changing import SparseState
 from prune_jax.sparse_training.dynamic import rigl, sparse_evolution, static
 from prune_jax.sparse_training.entry import METHODS, Method, method
-from prune_jax.sparse_training.gradual import gradual
+from prune_jax.sparse_training.gradual import ac_dc, gradual
+from prune_jax.sparse_training.latent import movement, ste, surgery
 from prune_jax.sparse_training.masked import MaskedState, masked
+from prune_jax.sparse_training.proximal import proximal_l1
 
 __all__ = [
     "METHODS",
     "MaskedState",
     "Method",
     "SparseState",
+    "ac_dc",
     "gradual",
     "masked",
     "method",
+    "movement",
+    "proximal_l1",
     "rigl",
     "sparse_evolution",
     "static",
+    "ste",
+    "surgery",
 ]

@@ -13,7 +13,7 @@ import optax
 from prune_jax.criteria import Criterion, find
 from prune_jax.errors import UserMistake
 from prune_jax.masks import choose
-from prune_jax.schedules import Levels
+from prune_jax.schedules import Levels, alternating
 from prune_jax.sparse_training.changing import Now, changing, dense_masks, of_masked, table
 from prune_jax.sparse_training.entry import method
 from prune_jax.statistics import Statistics
@@ -97,6 +97,58 @@ def gradual(
         due=lambda masks, step: table(masks, schedule, scope, min_keep).due(step),
         change=change,
         key=key if entry.stochastic else None,
+    )
+
+
+@method(
+    "ac_dc",
+    formula="by turns so many steps with the largest |w| alone, and as many with all weights; compressed at the end",
+    paper="Peste et al. 2021, arXiv:2106.12379",
+)
+def ac_dc(
+    inner: optax.GradientTransformation,
+    *,
+    sparsity: float,
+    begin: int,
+    every: int,
+    end: int,
+    scope: str = "global",
+    prunable: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    min_keep: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Alternates compressed and dense training.
+
+    At steps begin, begin + 2 every, ... and `end` (from 0) the lowest |w| die, all others of their scope live; at
+    begin + every, begin + 3 every, ... < end all come alive again, from zero. Before `begin` all is dense.
+
+    Deviation from the paper: the moments of weights that come alive are zero, those of the others go on.
+
+    Args:
+        inner: any optimizer.
+        sparsity: fraction that is dead in compressed phases, in [0, 1), of the prunable weights.
+        begin: the first step of the first compressed phase.
+        every: steps in a phase.
+        end: the first step of the last compressed phase.
+        scope: within which set weights compete: `global`, `layer`, `erk`.
+        prunable: patterns of the leaves that may be pruned; left out, floating leaves of two axes or more.
+        exclude: patterns of leaves that stay dense.
+        min_keep: so many weights of each leaf survive.
+
+    Returns:
+        A transformation whose state is a `SparseState`; it stands outermost in a chain.
+    """
+    levels = alternating(sparsity, begin=begin, end=end, every=every)
+
+    def change(now: Now) -> PyTree:
+        sizes = jax.tree.map(lambda w: jnp.abs(w.astype(jnp.float32)), of_masked(now.params, now.masks))
+        return choose(sizes, table(now.masks, levels, scope, min_keep).pools(now.step), min_keep=min_keep)
+
+    return changing(
+        inner,
+        start=lambda params: dense_masks(params, prunable, exclude),
+        due=lambda masks, step: table(masks, levels, scope, min_keep).due(step),
+        change=change,
     )
 
 
