@@ -94,7 +94,7 @@ def make_step(
     sparse: bool,
     gathered: bool,
     devices: int,
-    sparsify: Sparsify | None = None,
+    sparsify: Sparsify | None,
 ) -> Callable[..., TrainState]:
     """Compiles one step; every later stage with the same arguments shares it.
 

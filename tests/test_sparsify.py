@@ -24,7 +24,7 @@ KINDS = {
     "ste": {"sparsity": 0.6},
     "surgery": {"every": 4},
     "ac_dc": {"sparsity": 0.6, "every": 4},
-    "proximal_l1": {"l1": 0.2},
+    "proximal_l1": {"l1": 1.0},
 }
 
 
