@@ -14,23 +14,66 @@ if TYPE_CHECKING:
     from prune_jax.launch import run
     from prune_jax.masks import apply_masks
     from prune_jax.perturbation import perturbed
+    from prune_jax.schedules import cubic
     from prune_jax.scoring import compensate, mask, score
-    from prune_jax.sparse_training import masked
+    from prune_jax.sparse_training import (
+        ac_dc,
+        gradual,
+        masked,
+        movement,
+        proximal_l1,
+        rigl,
+        sparse_evolution,
+        static,
+        ste,
+        surgery,
+    )
 
 _HOME = {
     "Cost": "prune_jax.costs",
+    "ac_dc": "prune_jax.sparse_training",
     "apply_masks": "prune_jax.masks",
     "compensate": "prune_jax.scoring",
     "cost": "prune_jax.costs",
+    "cubic": "prune_jax.schedules",
+    "gradual": "prune_jax.sparse_training",
     "mask": "prune_jax.scoring",
     "masked": "prune_jax.sparse_training",
+    "movement": "prune_jax.sparse_training",
     "perturbed": "prune_jax.perturbation",
+    "proximal_l1": "prune_jax.sparse_training",
+    "rigl": "prune_jax.sparse_training",
     "run": "prune_jax.launch",
     "score": "prune_jax.scoring",
+    "sparse_evolution": "prune_jax.sparse_training",
+    "static": "prune_jax.sparse_training",
+    "ste": "prune_jax.sparse_training",
+    "surgery": "prune_jax.sparse_training",
     "trace": "prune_jax.compaction",
 }
 
-__all__ = ["Cost", "apply_masks", "compensate", "cost", "mask", "masked", "perturbed", "run", "score", "trace"]
+__all__ = [
+    "Cost",
+    "ac_dc",
+    "apply_masks",
+    "compensate",
+    "cost",
+    "cubic",
+    "gradual",
+    "mask",
+    "masked",
+    "movement",
+    "perturbed",
+    "proximal_l1",
+    "rigl",
+    "run",
+    "score",
+    "sparse_evolution",
+    "static",
+    "ste",
+    "surgery",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prune_jax.criteria import CRITERIA
+from prune_jax.sparse_training import METHODS
 
 SCOPES = {
     "global": ("all layers compete", ""),
@@ -62,7 +63,7 @@ PERTURBATIONS = {
 
 
 def methods_tables() -> Iterator[Table]:
-    """One table each for criteria, perturbations, granularities, scopes, targets and schedules."""
+    """One table each for criteria, perturbations, granularities, scopes, targets, schedules and training methods."""
     table = _table("criterion", "score (the lowest dies first)", "needs", "granularity", "paper")
     for name in CRITERIA:
         entry = CRITERIA[name]
@@ -88,6 +89,10 @@ def methods_tables() -> Iterator[Table]:
     table = _table("schedule", "sparsity of round r of R", "paper")
     for name, (formula, paper) in SCHEDULES.items():
         table.add_row(name, formula, paper)
+    yield table
+    table = _table("sparsify", "while it trains", "paper")
+    for name in METHODS:
+        table.add_row(name, escape(METHODS[name].formula), METHODS[name].paper)
     yield table
 
 

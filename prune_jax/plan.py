@@ -69,7 +69,7 @@ def as_settings(part: Frozen, **more: Any) -> dict[str, Any]:
 def train_call(name: str, problem: Problem, settings: dict[str, Any], seed: int, **more: Any) -> StageCall:
     """Training from initialisation; with `stop_step` in the settings, only so far."""
     key = key_of("train", settings=settings, seed=seed, **_problem_part(problem))
-    label = f"train · {_model_word(problem)}"
+    label = " · ".join(filter(None, ("train", _model_word(problem), _sparsify_word(settings))))
     if "stop_step" in settings:
         label = f"train · to step {settings['stop_step']}"
     return StageCall(
@@ -148,7 +148,7 @@ def finetune_call(
     length = f"{settings['epochs']:g} epochs" if "epochs" in settings else f"{settings['steps']} steps"
     return StageCall(
         name=name,
-        label=" · ".join(filter(None, ("finetune", length, level))),
+        label=" · ".join(filter(None, ("finetune", length, _sparsify_word(settings), level))),
         kind="finetune",
         key=key_of("finetune", settings=settings, seed=seed, inputs=keys, **_problem_part(problem)),
         settings=settings,
@@ -385,3 +385,8 @@ def _level(stage: Any, granularity: Any) -> str:
 
 def _model_word(problem: Problem) -> str:
     return problem.model.kind.rpartition(":")[2]
+
+
+def _sparsify_word(settings: Mapping[str, Any]) -> str:
+    method = settings.get("sparsify")
+    return method["kind"] if method else ""

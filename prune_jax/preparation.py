@@ -10,7 +10,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError, UserMistake, did_you_mean
 from prune_jax.plan import Plan, expand, make_plan
 from prune_jax.problems import code_of, data_of
-from prune_jax.recipe import Problem, Prune, Recipe, Recovery, RewindStep, StageCall, parents_of
+from prune_jax.recipe import Problem, Prune, Recipe, Recovery, RewindStep, Sparsify, StageCall, parents_of
 
 
 def prepare(recipe: Recipe) -> Plan:
@@ -21,7 +21,9 @@ def prepare(recipe: Recipe) -> Plan:
     """
     for row in expand(recipe)[1]:
         _check_names(row)
-        _check_rewinds(_plan(row))
+        planned = _plan(row)
+        _check_rewinds(planned)
+        _check_sparsify(planned)
     return _plan(recipe)
 
 
@@ -137,6 +139,25 @@ def _check_rewinds(plan: Plan) -> None:
                 )
 
 
+def _check_sparsify(plan: Plan) -> None:
+    """Refuses methods that the training is too short for, and criteria that a training step cannot have."""
+    for call in plan.calls:
+        method = getattr(plan.recipe.stages.get(call.name), "sparsify", None)
+        if method is not None:
+            with _at(plan.recipe.name, f"stages.{call.name}.sparsify.kind", method.kind):
+                _sparsified(method, _training_steps(call, None))
+
+
+def _sparsified(method: Sparsify, steps: int) -> Any:
+    import jax
+    import optax
+
+    from prune_jax.sparsification import sparsified
+
+    rate = optax.constant_schedule(1.0)
+    return sparsified(optax.sgd(1.0), method, steps=steps, learning_rate=rate, key=jax.random.key(0))
+
+
 def _training_steps(training: StageCall, fold: tuple[int, int] | None) -> int:
     from prune_jax.training import length
 
@@ -197,6 +218,12 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
     inputs, params = inputs_of(sample), variables.params
     wiring = parents_of(recipe.stages)
     for name, stage in recipe.stages.items():
+        if method := getattr(stage, "sparsify", None):
+            with _at(recipe.name, f"stages.{name}.sparsify.exclude", list(method.exclude)):
+                prunable_paths(params, exclude=method.exclude)
+            with _at(recipe.name, f"stages.{name}.sparsify.kind", method.kind):
+                wrapper = _sparsified(method, 20 * getattr(method, "every", 1))
+                jax.eval_shape(wrapper.update, params, jax.eval_shape(wrapper.init, params), params)
         if stage.kind not in {"score", "mask", "prune"}:
             continue
         scored: Any = recipe.stages[wiring[name][0]] if stage.kind == "mask" else stage

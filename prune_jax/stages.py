@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from pydantic import TypeAdapter
 
 from prune_jax.checkpoints import Store
 from prune_jax.criteria import find
@@ -17,8 +18,9 @@ from prune_jax.evaluation import describe, latencies, peak_bytes
 from prune_jax.export import EXTENSIONS, WRITERS
 from prune_jax.group_scoring import score_groups
 from prune_jax.group_stages import WIRED, compact, kinds_of, mask_groups
-from prune_jax.masks import apply_masks
+from prune_jax.masks import apply_masks, check_collapse
 from prune_jax.models import Variables
+from prune_jax.moments import masked_moments
 from prune_jax.networks import (
     Arrays,
     Batches,
@@ -43,10 +45,12 @@ from prune_jax.objectives import inputs_of
 from prune_jax.perturbation import perturbed
 from prune_jax.problems import dataset_of, network_of, sample_of
 from prune_jax.progress import Progress, Report, silent
-from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, StageCall, StageResult, Status
+from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Sparsify, StageCall, StageResult, Status
 from prune_jax.schedules import iterative
 from prune_jax.scoring import compensate, mask, score
 from prune_jax.trees import PyTree, leaves_by_path
+
+SPARSIFY: TypeAdapter[Sparsify | None] = TypeAdapter(Sparsify | None)
 
 
 def run_stage(call: StageCall, store: Store, *, report: Report = silent) -> StageResult:
@@ -99,6 +103,7 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
 
     settings = dict(call.settings)
     optimizer = Optimizer.model_validate(settings.pop("optimizer", {}))
+    sparsify = SPARSIFY.validate_python(settings.pop("sparsify", None))
     goes_on, stores = settings.pop("moments", "fresh") == "kept", settings.pop("store_moments", False)
     network = network_for(call.problem, start.keep)
 
@@ -116,6 +121,7 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
             seed=call.seed,
             masks=start.masks,
             moments=(start.moments or {}) if goes_on else None,
+            sparsify=sparsify,
             checkpoints=checkpoints,
             checkpoint_seconds=call.operation.checkpoint_seconds,
             beat=beat,
@@ -124,11 +130,15 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
     metrics = validated(call.problem, fitted.variables, data, start.keep)
     if fitted.losses.size:
         metrics["train_loss"] = float(np.mean(fitted.losses[-50:]))
-    metrics |= {"sparsity": sparsity_of(start.masks), "steps": int(fitted.losses.size)}
+    if sparsify is not None:
+        check_collapse(fitted.masks)
+    metrics |= {"sparsity": sparsity_of(fitted.masks), "steps": int(fitted.losses.size)}
     if fitted.resumed_from:
         metrics["resumed_from_step"] = fitted.resumed_from
     moments = jax.device_get(fitted.moments) if stores else None
-    made = start._replace(variables=fitted.variables, moments=moments)
+    if stores and sparsify is not None:
+        moments = masked_moments(moments, fitted.masks)
+    made = start._replace(variables=fitted.variables, masks=fitted.masks, moments=moments)
     return {**as_arrays(made), "losses": fitted.losses}, metrics
 
 

@@ -24,8 +24,9 @@ from prune_jax.masks import apply_masks
 from prune_jax.models import Network, Variables
 from prune_jax.moments import moments_of, with_moments
 from prune_jax.objectives import inputs_of, objective, penalty
-from prune_jax.recipe import Optimizer
+from prune_jax.recipe import Optimizer, Sparsify
 from prune_jax.sparse_training import MaskedState, masked
+from prune_jax.sparsification import sparsified
 from prune_jax.trees import PyTree
 
 BEAT_SECONDS = 0.25
@@ -49,6 +50,7 @@ class Fitted(NamedTuple):
     losses: np.ndarray  # [steps]
     resumed_from: int
     moments: PyTree  # of the optimizer after the last step
+    masks: PyTree | None  # those it was given, or that `sparsify` made
 
 
 def learning_rate(optimizer: Optimizer, steps: int) -> optax.Schedule:
@@ -92,6 +94,7 @@ def make_step(
     sparse: bool,
     gathered: bool,
     devices: int,
+    sparsify: Sparsify | None,
 ) -> Callable[..., TrainState]:
     """Compiles one step; every later stage with the same arguments shares it.
 
@@ -107,12 +110,15 @@ def make_step(
         sparse: whether the optimizer's state holds masks.
         gathered: whether batches are cut from arrays on the device, by the epoch's order, or handed in.
         devices: over how many devices a batch is spread.
+        sparsify: the method that makes masks while it trains.
 
     Returns:
         `(state, data, order, key) -> state`; the state is donated.
     """
     goal = objective(objective_name)
     transformation = make_optimizer(optimizer, steps)
+    if sparsify is not None:
+        transformation = _sparsified(optimizer, steps, sparsify, 0)  # the state has the key
     if sparse:
         transformation = masked(transformation, None)
     spread = _spread(devices)
@@ -170,6 +176,7 @@ def fit(
     stop_step: int | None = None,
     masks: PyTree | None = None,
     moments: PyTree | None = None,
+    sparsify: Sparsify | None = None,
     l1: float = 0.0,
     l2: float = 0.0,
     checkpoints: Steps | None = None,
@@ -191,6 +198,7 @@ def fit(
         stop_step: stop there, as if the training were cut off; the learning rate is that of the whole training.
         masks: `True` = alive; pruned weights and their moments stay exactly zero.
         moments: of an earlier training by the same optimizer, zero where a weight is pruned; left out, fresh ones.
+        sparsify: makes masks while it trains; there are none before.
         l1: weight of sum |w|.
         l2: weight of sum w^2 / 2.
         checkpoints: where step checkpoints lie; a killed training goes on from the last.
@@ -217,8 +225,12 @@ def fit(
         sparse=masks is not None,
         gathered=gathered,
         devices=devices,
+        sparsify=sparsify,
     )
-    state = _begin(variables, optimizer, total, masks, moments)
+    if sparsify is None:
+        state = _begin(variables, optimizer, total, masks, moments)
+    else:
+        state = _begin_sparsified(variables, optimizer, total, sparsify, seed, moments)
     start = 0
     if checkpoints is not None and (found := checkpoints.latest(jax.tree.map(np.asarray, state))):
         start, state = found
@@ -238,8 +250,10 @@ def fit(
         clock.tick(done, state)
     clock.finish(state)
     params, last = jax.device_get((state.params, state.state))
+    if sparsify is not None:
+        masks = jax.device_get(state.optimizer.masks)
     inner = state.optimizer if masks is None else state.optimizer.inner
-    return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start, moments_of(inner))
+    return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start, moments_of(inner), masks)
 
 
 def _begin(
@@ -256,6 +270,24 @@ def _begin(
     inner = jax.tree.map(jnp.array, inner)
     state = jax.tree.map(jnp.array, variables.state)
     return TrainState(params, state, inner, jnp.zeros((), jnp.int32), jnp.zeros((steps,), jnp.float32))
+
+
+def _sparsified(
+    optimizer: Optimizer, steps: int, sparsify: Sparsify, seed: int
+) -> optax.GradientTransformationExtraArgs:
+    inner, rate = make_optimizer(optimizer, steps), learning_rate(optimizer, steps)
+    return sparsified(inner, sparsify, steps=steps, learning_rate=rate, key=jax.random.key(seed))
+
+
+def _begin_sparsified(
+    variables: Variables, optimizer: Optimizer, steps: int, sparsify: Sparsify, seed: int, moments: PyTree | None
+) -> TrainState:
+    plain = _begin(variables, optimizer, steps, None, moments)
+    state = _sparsified(optimizer, steps, sparsify, seed).init(plain.params)
+    params = apply_masks(plain.params, state.masks)
+    if moments is not None:
+        state = state._replace(inner=plain.optimizer)
+    return plain._replace(params=params, optimizer=jax.tree.map(jnp.array, state))
 
 
 def _batches(

@@ -465,6 +465,7 @@ def test_recipes_are_listed_printed_and_described(command):
 
 def test_methods_are_listed_with_formula_and_paper(command):
     from prune_jax.criteria import CRITERIA
+    from prune_jax.sparse_training import METHODS
 
     code, out, _ = command("methods")
     assert code == 0
@@ -486,6 +487,9 @@ def test_methods_are_listed_with_formula_and_paper(command):
         "iterative",
     ):
         assert word in out
+    for entry in (METHODS["gradual"], METHODS["rigl"]):
+        assert entry.name in out
+        assert entry.paper.split(":")[-1] in out
     for word in ("2:4", "{block: [r, c]}", "kernel", "arXiv:2104.08378", "arXiv:1711.02782", "arXiv:1705.08922"):
         assert word in out
 

@@ -171,7 +171,7 @@ def test_rounds_prune_a_group_step_by_step_and_what_is_dead_stays_dead(shared):
 LAYERED = {
     "blobs": {"kind": "tests.samples.nets:Residual"},
     "series": {"kind": "transformer", "dim": 4, "heads": 2, "layers": 2},
-    "images": MODELS["resnet"][1],
+    "images": {"kind": "resnet", "depth": 14, "width": 2},
 }
 
 

@@ -330,6 +330,7 @@ def _step(net, *, batch_size=9, devices=1, sparse=False):
         sparse=sparse,
         gathered=True,
         devices=devices,
+        sparsify=None,
     )
 
 

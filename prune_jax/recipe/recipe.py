@@ -26,6 +26,7 @@ from prune_jax.recipe.parts import (
     Target,
     mistake,
 )
+from prune_jax.recipe.sparsify import Sparsify
 from prune_jax.recipe.wiring import check_wiring, parents_of
 
 Matrix = dict[str, Annotated[list[Any], Field(min_length=1)]]
@@ -75,6 +76,9 @@ class Train(Stage):
     l1: float = Field(default=0.0, ge=0, description="adds l1 * sum |w| over the kernels to the loss")
     l2: float = Field(default=0.0, ge=0, description="adds l2 / 2 * sum w^2 over the kernels to the loss")
     store_moments: bool = Field(default=False, description="with the network, for a stage whose `moments` are kept")
+    sparsify: Sparsify | None = Field(
+        default=None, description="prunes while it trains; the masks come with the network"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -87,6 +91,9 @@ class Finetune(Stage, Recovery):
     """Trains on under the masks of the network it takes."""
 
     kind: Literal["finetune"]
+    sparsify: Sparsify | None = Field(
+        default=None, description="prunes while it trains, a network without masks; the masks come with the network"
+    )
 
 
 class Prunable(Frozen):
@@ -322,4 +329,16 @@ class Recipe(Frozen):
             if isinstance(stage, Mask):
                 check_units(stage, stages[wiring[name][0]].granularity, f"{name}.")
         check_moments(stages, wiring)
+        for name, stage in stages.items():
+            if stage.kind == "finetune" and stage.sparsify and (masked := _masked_by(wiring[name][0], stages, wiring)):
+                message = f"{masked} has masked the network already; take one without masks, such as a train stage's"
+                raise mistake(f"{name}.sparsify", message)
         return stages
+
+
+def _masked_by(name: str, stages: dict[str, Any], wiring: dict[str, tuple[str, ...]]) -> str | None:
+    """The stage under whose masks the network of a stage may be."""
+    stage = stages[name]
+    if stage.kind in {"mask", "prune"} or getattr(stage, "sparsify", None):
+        return name
+    return None if stage.kind in {"train", "compact"} else _masked_by(wiring[name][0], stages, wiring)

@@ -1,4 +1,4 @@
-"""The jitted training step under masks against the dense one, with donated buffers."""
+"""The jitted training step under masks, fixed or changing, against the dense one, with donated buffers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from prune_jax.schedules import cubic
 from prune_jax.scoring import mask, score
-from prune_jax.sparse_training import masked
-from tests.benchmarks.networks import NETWORKS
+from prune_jax.sparse_training import gradual, masked, rigl
+from tests.benchmarks.networks import NETWORKS, wide
 from tests.benchmarks.rounds import Figure, in_turns, ratio
 
+EVERY = 100  # steps between two changes of the masks, as in the papers
 OPTIMIZERS = {"sgd": optax.sgd(1e-2, momentum=0.9), "adam": optax.adam(1e-3), "adamw": optax.adamw(1e-3)}
 
 
@@ -51,4 +53,19 @@ def measure(rounds: int = 21) -> dict[str, Figure]:
             seconds = in_turns({"dense": dense, "again": again, "sparse": sparse}, rounds=rounds)
             found[f"{name} {optimizer}: masked step / dense step"] = ratio(seconds, "sparse", "dense")
             found[f"{name} {optimizer}: dense step / dense step"] = ratio(seconds, "again", "dense")
+    params, loss, batches = wide(batches=1)
+    batch = jax.tree.map(lambda a: jax.device_put(np.asarray(a)), batches[0])
+    methods = {"dense": OPTIMIZERS["adam"], "gradual": _gradual(), "rigl": _rigl()}
+    runs = {name: _stepper(loss, tx, params, batch, EVERY) for name, tx in methods.items()}
+    seconds = in_turns(runs, rounds=rounds // 3)  # the masks change once in each call
+    for method in ("gradual", "rigl"):
+        found[f"wide adam: {method} step, masks every {EVERY} / dense step"] = ratio(seconds, method, "dense")
     return found
+
+
+def _gradual() -> optax.GradientTransformation:
+    return gradual(OPTIMIZERS["adam"], schedule=cubic(0.0, 0.9, begin=0, end=100_000, every=EVERY))
+
+
+def _rigl() -> optax.GradientTransformation:
+    return rigl(OPTIMIZERS["adam"], sparsity=0.9, every=EVERY, end=100_000, key=jax.random.key(0))

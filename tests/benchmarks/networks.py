@@ -27,6 +27,12 @@ def lenet(batches: int = 8, batch_size: int = 64) -> Network:
     return Network(_params(shapes), _loss(_lenet), _batches(batches, batch_size, (28, 28, 1)))
 
 
+def wide(batches: int = 8, batch_size: int = 128) -> Network:
+    """Wide enough that a step is not mostly its dispatch."""
+    shapes = [(784, 1024), (1024, 1024), (1024, 10)]
+    return Network(_params(shapes), _loss(_mlp), _batches(batches, batch_size, (784,)))
+
+
 NETWORKS = {"mlp": mlp, "cnn": lenet}
 
 

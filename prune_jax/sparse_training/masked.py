@@ -1,4 +1,4 @@
-"""Optax wrappers that keep pruned weights, and their moments, at exactly zero.
+"""An Optax wrapper that keeps pruned weights, and their moments, at exactly zero.
 
 Masks are state: saved and sharded with the moments, and replaced without compiling again.
 """

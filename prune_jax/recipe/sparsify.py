@@ -1,0 +1,157 @@
+"""What a training says of the method that prunes while it trains: `sparsify: {kind: rigl, sparsity: 0.9}`.
+
+Shares are of the training's steps, so that a longer training stretches the schedule.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from prune_jax.recipe.parts import Fraction, Frozen, mistake
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights that is dead at the end")]
+Scope = Annotated[Literal["global", "layer", "erk"], Field(description="within which set weights compete")]
+Density = Annotated[Literal["layer", "erk"], Field(description="how many live in each layer, which keeps its number")]
+Every = Annotated[int, Field(ge=1, description="steps between two changes of the masks")]
+Exclude = Annotated[tuple[str, ...], Field(description="patterns of parameters that stay dense: `output/*`")]
+Floor = Annotated[int, Field(ge=0, description="so many weights of each layer survive whatever their scores")]
+Drop = Annotated[float, Field(gt=0, lt=1, description="share of a layer's living weights that moves at a change")]
+
+
+def _in_order(begin: float, end: float) -> None:
+    if begin >= end:
+        raise mistake("end", f"must come after begin, {begin:g}; both are shares of the training's steps")
+
+
+class Gradual(Frozen):
+    """Prunes by and by along a cubic ramp; what is dead stays dead (Zhu & Gupta 2017, arXiv:1710.01878)."""
+
+    kind: Literal["gradual"]
+    sparsity: Sparsity = 0.9
+    criterion: str = Field(default="magnitude", description="of the weights and the gradient of the step's batch")
+    initial: Fraction = Field(default=0.0, description="sparsity at `begin`")
+    begin: Share = 0.0
+    end: Share = 0.75
+    every: Every = 100
+    scope: Scope = "global"
+    exclude: Exclude = ()
+    min_keep: Floor = 0
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Gradual:
+        _in_order(self.begin, self.end)
+        if self.initial > self.sparsity:
+            raise mistake("initial", f"must not be above sparsity, {self.sparsity:g}: what is dead stays dead")
+        return self
+
+
+class Movement(Frozen):
+    """Prunes what training pushes towards zero, along a cubic ramp (Sanh et al. 2020, arXiv:2005.07683)."""
+
+    kind: Literal["movement"]
+    sparsity: Sparsity = 0.9
+    begin: Share = 0.1
+    end: Share = 0.75
+    every: Every = 100
+    scope: Scope = "global"
+    exclude: Exclude = ()
+    min_keep: Floor = 0
+
+    @model_validator(mode="after")
+    def _ramp_has_length(self) -> Movement:
+        _in_order(self.begin, self.end)
+        return self
+
+
+class Static(Frozen):
+    """A random sparse network, fixed from the first step on."""
+
+    kind: Literal["static"]
+    sparsity: Sparsity = 0.9
+    scope: Density = "erk"
+    exclude: Exclude = ()
+
+
+class Set(Frozen):
+    """Sparse from the first step on; the least weights move to random places (Mocanu et al. 2018, arXiv:1707.04780)."""
+
+    kind: Literal["set"]
+    sparsity: Sparsity = 0.9
+    every: Every = 100
+    end: Share = 0.75
+    drop: Drop = 0.3
+    scope: Density = "erk"
+    exclude: Exclude = ()
+
+
+class Rigl(Frozen):
+    """As `set`, but weights move to where the gradient is largest (Evci et al. 2020, arXiv:1911.11134)."""
+
+    kind: Literal["rigl"]
+    sparsity: Sparsity = 0.9
+    every: Every = 100
+    end: Share = 0.75
+    drop: Drop = 0.3
+    scope: Density = "erk"
+    exclude: Exclude = ()
+
+
+class Ste(Frozen):
+    """All weights train, the network sees the largest (Bengio et al. 2013, arXiv:1308.3432)."""
+
+    kind: Literal["ste"]
+    sparsity: Sparsity = 0.9
+    scope: Scope = "global"
+    exclude: Exclude = ()
+    min_keep: Floor = 0
+
+
+class Surgery(Frozen):
+    """Weights die below one threshold and come back above a higher one (Guo et al. 2016, arXiv:1608.04493)."""
+
+    kind: Literal["surgery"]
+    c: float = Field(default=0.5, description="thresholds lie around a layer's mean |w| + c std |w|; larger kills more")
+    margin: Fraction = Field(default=0.1, description="half the gap between the thresholds, relative")
+    begin: Share = 0.0
+    end: Share = 0.75
+    every: Every = 100
+    exclude: Exclude = ()
+
+    @model_validator(mode="after")
+    def _lasts(self) -> Surgery:
+        _in_order(self.begin, self.end)
+        return self
+
+
+class AcDc(Frozen):
+    """By turns compressed and dense; compressed at the end (Peste et al. 2021, arXiv:2106.12379)."""
+
+    kind: Literal["ac_dc"]
+    sparsity: Sparsity = 0.9
+    begin: Share = 0.1
+    end: Share = 0.75
+    every: Every = Field(default=100, description="steps in a phase")
+    scope: Scope = "global"
+    exclude: Exclude = ()
+    min_keep: Floor = 0
+
+    @model_validator(mode="after")
+    def _lasts(self) -> AcDc:
+        _in_order(self.begin, self.end)
+        return self
+
+
+class ProximalL1(Frozen):
+    """After each step all weights shrink towards zero, and the smallest become zero (ISTA)."""
+
+    kind: Literal["proximal_l1"]
+    l1: float = Field(default=1e-4, ge=0, description="weight of sum |w| beside the loss")
+    exclude: Exclude = ()
+
+
+Sparsify = Annotated[
+    Gradual | Movement | Static | Set | Rigl | Ste | Surgery | AcDc | ProximalL1, Field(discriminator="kind")
+]

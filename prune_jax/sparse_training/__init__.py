@@ -1,0 +1,31 @@
+"""Optax wrappers that prune while an optimizer trains, around any optimizer.
+
+A method is one function `(inner, *, ...) -> transformation`, registered by `@method`, whose state has `masks`: bool,
+True = alive. It stands outermost in a chain; pruned weights are exactly zero after every step.
+"""
+
+from prune_jax.sparse_training.changing import SparseState
+from prune_jax.sparse_training.dynamic import rigl, sparse_evolution, static
+from prune_jax.sparse_training.entry import METHODS, Method, method
+from prune_jax.sparse_training.gradual import ac_dc, gradual
+from prune_jax.sparse_training.latent import movement, ste, surgery
+from prune_jax.sparse_training.masked import MaskedState, masked
+from prune_jax.sparse_training.proximal import proximal_l1
+
+__all__ = [
+    "METHODS",
+    "MaskedState",
+    "Method",
+    "SparseState",
+    "ac_dc",
+    "gradual",
+    "masked",
+    "method",
+    "movement",
+    "proximal_l1",
+    "rigl",
+    "sparse_evolution",
+    "static",
+    "ste",
+    "surgery",
+]

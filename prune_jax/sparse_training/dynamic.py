@@ -1,0 +1,224 @@
+"""Sparse from the first step on: a fixed random network, and those that move their weights about (SET, RigL).
+
+Every layer keeps its number of living weights to the unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from prune_jax.allocation import Pool
+from prune_jax.errors import UserMistake
+from prune_jax.masks import choose
+from prune_jax.schedules import Levels
+from prune_jax.selection import all_but_lowest
+from prune_jax.sparse_training.changing import Now, changing, dense_masks, of_masked, table
+from prune_jax.sparse_training.entry import method
+from prune_jax.trees import PyTree, leaves_by_path, map_by_path
+
+
+@method(
+    "static",
+    formula="a random mask of the layers' densities, fixed from the first step on",
+    paper="the baseline of Evci et al. 2020, arXiv:1911.11134",
+)
+def static(
+    inner: optax.GradientTransformation,
+    *,
+    sparsity: float,
+    key: jax.Array,
+    scope: str = "erk",
+    prunable: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Trains a random sparse network.
+
+    Args:
+        inner: any optimizer.
+        sparsity: fraction that is dead, in [0, 1), of the prunable weights.
+        key: a PRNG key, from which the mask is drawn.
+        scope: the layers' densities: `erk`, or `layer` for the same in each.
+        prunable: patterns of the leaves that may be pruned; left out, floating leaves of two axes or more.
+        exclude: patterns of leaves that stay dense.
+
+    Returns:
+        A transformation whose state is a `SparseState`; it stands outermost in a chain.
+    """
+    return changing(
+        inner,
+        start=_random_start(sparsity, scope, key, prunable, exclude),
+        due=lambda masks, step: jnp.zeros((), bool),
+        change=lambda now: now.masks,
+    )
+
+
+@method(
+    "set",
+    formula="every so many steps a share of each layer's living weights, the least |w|, dies; as many grow at random",
+    paper="Mocanu et al. 2018, arXiv:1707.04780",
+)
+def sparse_evolution(
+    inner: optax.GradientTransformation,
+    *,
+    sparsity: float,
+    every: int,
+    end: int,
+    key: jax.Array,
+    drop: float = 0.3,
+    scope: str = "erk",
+    prunable: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Sparse evolutionary training: of the n_l living weights of layer l, floor(drop n_l) move to random places.
+
+    At steps t = every, 2 every, ... < end (from 0): the least |w| die; among all that is then dead, as many grow as are
+    drawn.
+
+    Deviations from the paper: what grows starts at zero, not at random, and moves from the next step on; the least
+    positive and the least negative weights are one set; a step may stand for an epoch.
+
+    Args:
+        inner: any optimizer.
+        sparsity: fraction that is dead, in [0, 1), of the prunable weights, from the first step on.
+        every: so many steps lie between two changes.
+        end: from this step on masks stay.
+        key: a PRNG key.
+        drop: the share of the living that moves, in (0, 1).
+        scope: the layers' densities: `erk`, or `layer` for the same in each.
+        prunable: patterns of the leaves that may be pruned; left out, floating leaves of two axes or more.
+        exclude: patterns of leaves that stay dense.
+
+    Returns:
+        A transformation whose state is a `SparseState`; it stands outermost in a chain.
+    """
+    shares = _shares(every, end, drop, lambda t: drop)
+
+    return changing(
+        inner,
+        start=_random_start(sparsity, scope, key, prunable, exclude),
+        due=_due(shares),
+        change=_move(shares, sparsity, scope, lambda now: _drawn(now.masks, now.key)),
+        key=key,
+    )
+
+
+@method(
+    "rigl",
+    formula="as set, but what grows has the largest |g|, and the share falls: drop/2 (1 + cos(pi t / end))",
+    paper="Evci et al. 2020, arXiv:1911.11134",
+)
+def rigl(
+    inner: optax.GradientTransformation,
+    *,
+    sparsity: float,
+    every: int,
+    end: int,
+    key: jax.Array,
+    drop: float = 0.3,
+    scope: str = "erk",
+    prunable: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """The rigged lottery: of the n_l living weights of layer l, floor(drop/2 (1 + cos(pi t/end)) n_l) move.
+
+    At steps t = every, 2 every, ... < end (from 0): the least |w| die; among all that is then dead, those with the
+    largest |g| grow, g the gradient of the step's batch by all weights. What grows starts at zero with zero moments,
+    and moves from the next step on; what dies and grows at once stays as it is.
+
+    Deviation from the paper: at such a step the weights that stay alive move as at any other; there, all rest.
+
+    Args:
+        inner: any optimizer.
+        sparsity: fraction that is dead, in [0, 1), of the prunable weights, from the first step on.
+        every: so many steps lie between two changes; the paper has 100.
+        end: from this step on masks stay; the paper has three quarters of the training.
+        key: a PRNG key, from which the first mask is drawn.
+        drop: the share of the living that moves at first, in (0, 1).
+        scope: the layers' densities: `erk`, or `layer` for the same in each.
+        prunable: patterns of the leaves that may be pruned; left out, floating leaves of two axes or more.
+        exclude: patterns of leaves that stay dense.
+
+    Returns:
+        A transformation whose state is a `SparseState`; it stands outermost in a chain.
+    """
+    shares = _shares(every, end, drop, lambda t: drop / 2 * (1 + math.cos(math.pi * t / end)))
+    return changing(
+        inner,
+        start=_random_start(sparsity, scope, key, prunable, exclude),
+        due=_due(shares),
+        change=_move(shares, sparsity, scope, lambda now: jax.tree.map(jnp.abs, of_masked(now.gradients, now.masks))),
+    )
+
+
+def _drawn(masks: PyTree, key: Any) -> PyTree:
+    """A number in [0, 1) for each weight that has a mask."""
+    leaves, structure = jax.tree.flatten(masks)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    drawn = [jax.random.uniform(k, mask.shape) for k, mask in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+Shares = dict[int, float]  # which share of the living moves at which step
+
+
+def _shares(every: int, end: int, drop: float, share: Callable[[int], float]) -> Shares:
+    if every < 1 or end <= every:
+        raise UserMistake(f"every = {every}, end = {end}: every must be at least 1, and end after it, or nothing moves")
+    if not 0 < drop < 1:
+        raise UserMistake(f"drop = {drop}: must be above 0 and below 1")
+    return {t: share(t) for t in range(every, end, every)}
+
+
+def _due(shares: Shares) -> Callable[[PyTree, jax.Array], jax.Array]:
+    steps = np.array(list(shares), np.int32)
+    return lambda masks, step: jnp.any(steps == step)
+
+
+def _random_start(
+    sparsity: float, scope: str, key: jax.Array, prunable: Iterable[str] | None, exclude: Iterable[str]
+) -> Callable[[PyTree], PyTree]:
+    if scope not in ("layer", "erk"):
+        raise UserMistake(f"scope {scope!r} is not possible: each layer keeps its density (allowed: layer, erk)")
+
+    def start(params: PyTree) -> PyTree:
+        dense = dense_masks(params, prunable, exclude)
+        return choose(_drawn(dense, jax.random.fold_in(key, 0x5EED)), _pools(dense, sparsity, scope))  # no step's key
+
+    return start
+
+
+def _pools(masks: PyTree, sparsity: float, scope: str) -> tuple[Pool, ...]:
+    """How many are dead in each layer; one lives at least."""
+    found = table(masks, Levels((0,), (sparsity,)), scope, 1)
+    return tuple(Pool(paths, int(n)) for paths, n in zip(found.paths, found.prune[0], strict=True))
+
+
+def _move(shares: Shares, sparsity: float, scope: str, wish: Callable[[Now], PyTree]) -> Callable[[Now], PyTree]:
+    """The change of masks: so many of each leaf's living die, as many grow whose wish is the largest."""
+
+    def change(now: Now) -> PyTree:
+        pools = _pools(now.masks, sparsity, scope)
+        sizes = {path: mask.size for path, mask in leaves_by_path(now.masks).items()}
+        living = [sizes[pool.paths[0]] - pool.prune for pool in pools]
+        moves = np.array([[math.floor(share * n) for n in living] for share in shares.values()], np.int32)
+        row = jnp.argmax(np.array(list(shares), np.int32) == now.step)
+        number = jnp.asarray(moves)[row]  # [leaves]
+        small = [Pool(pool.paths, pool.prune + number[i]) for i, pool in enumerate(pools)]
+        magnitudes = jax.tree.map(lambda w: jnp.abs(w.astype(jnp.float32)), of_masked(now.params, now.masks))
+        left, wishes = leaves_by_path(choose(magnitudes, small, alive=now.masks)), leaves_by_path(wish(now))
+        dead = {pool.paths[0]: pool.prune for pool in pools}
+
+        def grow(path: str, _: jax.Array) -> jax.Array:
+            tier = jnp.where(left[path], 2, 1)  # what is left stays
+            return all_but_lowest([wishes[path].astype(jnp.float32)], [tier], dead[path])[0]
+
+        return map_by_path(grow, now.masks)
+
+    return change

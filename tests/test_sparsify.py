@@ -1,0 +1,185 @@
+"""Recipes that prune while they train: what is published, keys, checkpoints in mid-schedule, refusals."""
+
+import numpy as np
+import pytest
+
+from prune_jax.errors import LayerCollapseError, UserMistake
+from prune_jax.preparation import check_networks, prepare
+from prune_jax.recipe import Ref, Sparsify, read_recipe
+from prune_jax.sparse_training import METHODS
+from prune_jax.stages import SPARSIFY, run_stage
+from prune_jax.trees import leaves_by_path
+from tests.plain import arrays, part, run_plain, tiny
+from tests.sparse_steps import mostly_slow
+from tests.test_plan import keys, recipe
+from tests.test_training import _with_checkpoints, network, same, train
+
+TRAIN = {"kind": "train", "steps": 24, "optimizer": {"learning_rate": 0.01}}
+KINDS = {
+    "gradual": {"sparsity": 0.6, "every": 4},
+    "movement": {"sparsity": 0.6, "every": 4},
+    "static": {"sparsity": 0.6},
+    "set": {"sparsity": 0.6, "every": 4},
+    "rigl": {"sparsity": 0.6, "every": 4},
+    "ste": {"sparsity": 0.6},
+    "surgery": {"every": 4},
+    "ac_dc": {"sparsity": 0.6, "every": 4},
+    "proximal_l1": {"l1": 1.0},
+}
+
+
+def sparsify(kind, **more):
+    return {"kind": kind, **KINDS[kind], **more}
+
+
+def test_every_method_has_a_name_in_recipes():
+    assert set(METHODS) == set(KINDS)
+    for kind in KINDS:
+        assert SPARSIFY.validate_python({"kind": kind}).kind == kind  # the defaults will do
+
+
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "gradual", "rigl", "movement"))
+def test_a_training_publishes_its_masks(kind, store):
+    stages = {
+        "train": {**TRAIN, "sparsify": sparsify(kind)},
+        "evaluate": {"kind": "evaluate", "of": "train", "latency": None},
+    }
+    _, results = run_plain(tiny(**stages), store)
+    flat = arrays(store, results["train"])
+    masks, params = part(flat, "masks"), part(flat, "params")
+    assert {path for path in masks} == {path for path, w in params.items() if w.ndim == 2}
+    for path, mask in masks.items():
+        np.testing.assert_array_equal(params[path][~mask], 0)
+    dead = sum(int((~mask).sum()) for mask in masks.values())
+    total = sum(mask.size for mask in masks.values())
+    metrics = results["train"].metrics
+    assert metrics["sparsity"] == pytest.approx(dead / total)
+    found = next(iter(results["evaluate"].metrics.values()))
+    assert found["nonzero"] == sum(np.count_nonzero(w) for w in params.values())
+    assert found["effective_macs"] < found["macs"]
+    if "sparsity" in KINDS[kind]:
+        assert dead == round(0.6 * total)
+    else:
+        assert 0 < dead < total
+
+
+def test_a_fine_tuning_publishes_them_too_and_what_follows_sees_them(store):
+    stages = {
+        "train": TRAIN,
+        "finetune": {"kind": "finetune", "steps": 12, "sparsify": sparsify("gradual", exclude=["output/*"])},
+        "more": {"kind": "finetune", "steps": 4},
+        "compact": {"kind": "compact"},
+        "evaluate": {"kind": "evaluate", "of": ["train", "finetune", "more", "compact"], "latency": None},
+    }
+    _, results = run_plain(tiny(**stages), store)
+    once, again = (arrays(store, results[name]) for name in ("finetune", "more"))
+    masks = part(once, "masks")
+    assert list(masks) == ["hidden_0/kernel"]
+    for path, mask in masks.items():
+        assert (~mask).sum() == round(0.6 * mask.size)
+        np.testing.assert_array_equal(part(again, "masks")[path], mask)
+        np.testing.assert_array_equal(part(again, "params")[path][~mask], 0)
+    assert results["train"].metrics["sparsity"] == 0
+
+
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "gradual", "rigl", "movement"))
+def test_a_checkpoint_in_mid_schedule_is_gone_on_from(kind, store):
+    net, method = network(widths=[16]), SPARSIFY.validate_python(sparsify(kind))
+    whole = train(net, steps=24, sparsify=method)
+    with store.steps(Ref("train", "a")) as steps:
+        _with_checkpoints(net, steps, steps=24, stop_step=9, sparsify=method)
+        again = train(net, steps=24, sparsify=method, checkpoints=steps)
+    assert again.resumed_from == 9
+    same(again.variables, whole.variables)
+    same(again.masks, whole.masks)
+    same(again.losses, whole.losses)
+    same(again.moments, whole.moments)
+
+
+def test_seeds_draw_their_own_masks_and_compile_once():
+    from prune_jax.training import make_step
+
+    net, method = network(widths=[15]), SPARSIFY.validate_python(sparsify("rigl"))
+    one = train(net, steps=24, sparsify=method, seed=0)
+    built = make_step.cache_info().currsize
+    two = train(net, steps=24, sparsify=method, seed=1)
+    assert make_step.cache_info().currsize == built
+    (a, *_), (b, *_) = (list(leaves_by_path(fitted.masks).values()) for fitted in (one, two))
+    assert (a != b).any()
+
+
+def test_moments_of_dead_weights_are_zero(store):
+    stages = {
+        "train": {**TRAIN, "store_moments": True, "sparsify": sparsify("gradual")},
+        "finetune": {"kind": "finetune", "steps": 2, "moments": "kept", "optimizer": TRAIN["optimizer"]},
+    }
+    _, results = run_plain(tiny(**stages), store)
+    flat = arrays(store, results["train"])
+    for path, mask in part(flat, "masks").items():
+        for name in ("mu", "nu"):
+            np.testing.assert_array_equal(part(flat, f"moments/{name}")[path][~mask], 0)
+
+
+def test_it_is_in_the_key_where_it_differs_from_the_defaults():
+    def key(method):
+        return keys(recipe(train={"kind": "train", "epochs": 2, **({"sparsify": method} if method else {})}))["train"]
+
+    plain = keys(recipe())["train"]
+    assert key(None) == plain == keys(recipe(train={"kind": "train", "epochs": 2, "sparsify": None}))["train"]
+    written = {"kind": "rigl", "sparsity": 0.9, "every": 100, "end": 0.75, "drop": 0.3, "scope": "erk", "exclude": []}
+    assert key({"kind": "rigl"}) == key(written)
+    assert len({plain, key({"kind": "rigl"}), key({"kind": "set"}), key({"kind": "rigl", "sparsity": 0.8})}) == 4
+
+
+def test_a_collapsed_layer_is_named(store):
+    """Nothing is left of the output layer, whose weights are much smaller."""
+    stages = {"train": {**TRAIN, "sparsify": {"kind": "proximal_l1", "l1": 1e4}}}
+    plan = prepare(read_recipe(tiny(**stages)))
+    with pytest.raises(LayerCollapseError, match="Pruning would leave nothing alive in 'hidden_0/kernel'"):
+        run_stage(plan.calls[0], store)
+
+
+MISTAKES = [
+    ({"kind": "rigle"}, "stages.train.sparsify.kind = 'rigle': is not known; did you mean 'rigl'?"),
+    ({"sparsity": 0.9}, "stages.train.sparsify: is missing its `kind`"),
+    ({"kind": "rigl", "scope": "global"}, "stages.train.sparsify.scope = 'global': is not known"),
+    ({"kind": "rigl", "fraction": 0.3}, "stages.train.sparsify.fraction = 0.3: is not a field here"),
+    ({"kind": "gradual", "sparsity": 90}, "stages.train.sparsify.sparsity = 90: input should be less than 1"),
+    ({"kind": "gradual", "begin": 0.8}, "stages.train.sparsify.end: must come after begin, 0.8; both are shares"),
+    ({"kind": "gradual", "initial": 0.95}, "stages.train.sparsify.initial = 0.95: must not be above sparsity, 0.9"),
+    ({"kind": "rigl"}, "stages.train.sparsify.kind = 'rigl': masks would never change: the training has 24 steps"),
+    ({"kind": "gradual", "criterion": "magnitud"}, "criterion 'magnitud' is not known; did you mean 'magnitude'?"),
+    ({"kind": "gradual", "criterion": "fisher"}, "criterion 'fisher' needs example_gradient_square, but inside a"),
+    ({"kind": "ste", "exclude": ["outptu/*"]}, "sparsify.exclude = .*fits no parameter"),
+]
+
+
+@pytest.mark.parametrize(("method", "message"), MISTAKES)
+def test_mistakes_are_named_before_anything_runs(method, message):
+    with pytest.raises(UserMistake) as caught:
+        check_networks(prepare(read_recipe(tiny(train={**TRAIN, "sparsify": method}))))
+    parts = message.split(".*")
+    assert all(p in str(caught.value) for p in parts), str(caught.value)
+
+
+def test_a_masked_network_is_refused():
+    stages = {
+        "train": TRAIN,
+        "prune": {"kind": "prune", "criterion": "magnitude", "target": {"sparsity": 0.5}},
+        "finetune": {"kind": "finetune", "steps": 2, "sparsify": {"kind": "ste"}},
+    }
+    with pytest.raises(
+        UserMistake, match=r"stages\.finetune\.sparsify: prune has masked the network already; take one"
+    ):
+        read_recipe(tiny(**stages))
+
+
+def test_a_label_tells_the_method():
+    plan = prepare(read_recipe(tiny(train={**TRAIN, "sparsify": sparsify("rigl")})))
+    assert plan.calls[0].label == "train · mlp · rigl"
+
+
+def test_the_models_are_hashable():
+    """A step is compiled once for each of them."""
+    assert {hash(SPARSIFY.validate_python({"kind": kind})) for kind in KINDS}
+    assert Sparsify
