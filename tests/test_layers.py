@@ -71,6 +71,11 @@ def gated_by_a_number(p, x):
     return (x + p["gate"] * mlp(p["a"], x)) @ p["out"]
 
 
+def with_numbers_of_places(p, x):
+    x = x @ p["in"]
+    return (x + mlp(p["a"], x * jnp.arange(4.0)[None])) @ p["out"]
+
+
 def in_two_types(p, x):
     x = (x @ p["in"]).astype(jnp.bfloat16)
     inner = mlp(jax.tree.map(lambda w: w.astype(jnp.bfloat16), p["a"]), x)
@@ -112,6 +117,7 @@ NETWORKS = {  # the function, its parameters, and what its layers hold
         {"a.layer": "a/d a/u", "b.layer": "b/d b/u"},
     ),
     "gated by a number": (gated_by_a_number, {**ENDS, "a": branch(), "gate": jnp.float32(0.7)}, {"a.layer": "a/d a/u"}),
+    "with numbers of places": (with_numbers_of_places, {**ENDS, "a": branch()}, {"a.layer": "a/d a/u"}),
     "in two types": (in_two_types, {**ENDS, "a": branch()}, {"a.layer": "a/d a/u"}),
     "with a scale that passes by": (
         with_a_scale_that_passes_by,

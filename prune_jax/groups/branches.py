@@ -234,7 +234,7 @@ def _is_wild(node: Node, is_zero: Sequence[bool]) -> bool:
     name = node.eqn.primitive.name
     if name == "div":
         return is_zero[1]
-    return is_zero[0] and (name in _WILD or (name == "integer_pow" and node.eqn.params["y"] < 0))
+    return any(is_zero[:1]) and (name in _WILD or (name == "integer_pow" and node.eqn.params["y"] < 0))
 
 
 def _keeps_zero(node: Node, is_zero: Sequence[bool]) -> bool:

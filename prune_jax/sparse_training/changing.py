@@ -23,7 +23,6 @@ from prune_jax.schedules import Levels
 from prune_jax.scoring import prunable_paths
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path, path_name, select
 
-
 SCOPES = ("global", "layer", "erk")
 
 
