@@ -56,7 +56,7 @@ def rigl_rule(t, masks, weights, gradients):
     return found
 
 
-@pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "momentum", "multi_transform"))
+@pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "momentum"))
 def test_rigl_is_the_training_by_hand(name):
     found = trajectory(pj.rigl(OPTIMIZERS[name], **OPTIONS), 9)
     wanted = by_hand(OPTIMIZERS[name], rigl_rule, 9, masks_of(found[0][1]))

@@ -84,7 +84,7 @@ def run(tx, steps):
     return found
 
 
-@pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "momentum", "multi_transform"))
+@pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "momentum"))
 def test_ste_trains_all_weights_through_the_largest(name):
     def rule(t, masks, weights, scores):
         return without_lowest({path: abs(weights[path]) for path in masks}, round(0.6 * 64))

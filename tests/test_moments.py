@@ -128,7 +128,7 @@ def cut(keep, path, array):
     return array
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", ["adam", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", *SLOW))])
 def test_the_small_network_trains_on_as_the_masked_one_does(shared, name):
     settings = optimizer(name, learning_rate=0.01).model_dump(exclude_defaults=True) | {"name": name}
     more = {

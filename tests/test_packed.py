@@ -145,6 +145,7 @@ def test_a_network_of_half_precision_is_written(name):
     assert WRITERS[name](None, variables, ()).facts["bytes"] > 0
 
 
+@pytest.mark.slow
 def test_a_tenth_of_lenet_takes_a_bit_a_weight_and_a_tenth_of_the_values(tmp_path):
     store, density = Store(tmp_path), 0.1
     stages = {

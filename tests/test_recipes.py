@@ -13,7 +13,7 @@ from prune_jax.walk import walk
 TOLERANCE = {"accuracy": 0.03, "mse": 0.02, "sparsity": 0.002}
 SEARCHED = {"threshold-search"}  # the search may choose a neighbouring value on another machine
 CUT = {"prune", "cut"}  # of the controls: with most units gone and before fine-tuning, what is left is luck
-QUICK = {"mlp-l1", "neurons", "sensitivities", "xor", "line", "threshold-search", "projection"}
+QUICK = {"neurons", "sensitivities", "xor", "line", "projection"}
 
 
 def promised(text):

@@ -80,8 +80,15 @@ def test_blocks_come_back(shape, block):
         assert found == [list(p + 1) for p in pieces(shape, block)]
 
 
-@pytest.mark.parametrize("block", [64, 3])
-@pytest.mark.parametrize("name", ["dense", "convolution"])
+CASES = [
+    ("convolution", 3),
+    ("dense", 64),
+    pytest.param("dense", 3, marks=pytest.mark.slow),
+    pytest.param("convolution", 64, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "block"), CASES)
 def test_scores_agree_with_the_inverse_of_the_dampened_fisher(name, block):
     params, loss, batches = case(name)
     options = {"block": block, "dampening": DAMPENING}
@@ -101,8 +108,7 @@ def constrained(A, w, dead):
     return w + np.linalg.solve(system, np.concatenate([np.zeros(len(w)), -w[dead]]))[: len(w)]
 
 
-@pytest.mark.parametrize("block", [64, 3])
-@pytest.mark.parametrize("name", ["dense", "convolution"])
+@pytest.mark.parametrize(("name", "block"), CASES)
 def test_survivors_solve_the_constrained_quadratic(name, block):
     params, loss, batches = case(name)
     params["in"]["kernel"] = params["in"]["kernel"].at[..., 0, 1].set(0)  # dead since an earlier round
@@ -229,6 +235,7 @@ def nested(flat):
     return tree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["2:4", {"block": [1, 2]}, "kernel"], ids=str)
 def test_recipes_of_coarser_units_do_too(store, granularity):
     prune = {**PRUNE, "granularity": granularity, "exclude": ["output"] if granularity == "2:4" else []}
@@ -249,6 +256,7 @@ def test_units_that_leave_nothing_to_correct_are_refused_when_the_recipe_is_read
         run_plain(tiny(train=TRAIN, prune={**PRUNE, "granularity": granularity}), store)
 
 
+@pytest.mark.slow
 def test_a_trained_network_loses_less_than_under_plain_masks(store):
     """On handwritten digits, at 75 % sparsity without fine-tuning, the loss rises less than half as much."""
     model = {"kind": "mlp", "widths": [32]}

@@ -38,7 +38,7 @@ def test_every_method_has_a_name_in_recipes():
         assert SPARSIFY.validate_python({"kind": kind}).kind == kind  # the defaults will do
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "gradual", "rigl", "movement"))
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "rigl"))
 def test_a_training_publishes_its_masks(kind, store):
     stages = {
         "train": {**TRAIN, "sparsify": sparsify(kind)},
@@ -82,7 +82,7 @@ def test_a_fine_tuning_publishes_them_too_and_what_follows_sees_them(store):
     assert results["train"].metrics["sparsity"] == 0
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "gradual", "rigl", "movement"))
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "rigl", "movement"))
 def test_a_checkpoint_in_mid_schedule_is_gone_on_from(kind, store):
     net, method = network(widths=[16]), SPARSIFY.validate_python(sparsify(kind))
     whole = train(net, steps=24, sparsify=method)

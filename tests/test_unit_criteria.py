@@ -89,7 +89,9 @@ def test_taylor_of_a_unit_is_the_square_of_its_sum(params):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("criterion", ["bn_scale", "fpgm", "oracle", "synflow"])
+@pytest.mark.parametrize(
+    "criterion", [pytest.param(name, marks=pytest.mark.slow) for name in ("bn_scale", "fpgm", "synflow")] + ["oracle"]
+)
 def test_a_recipe_prunes_by_them(tmp_path, criterion):
     model = {"kind": "mlp", "widths": [8, 6], "batch_norm": True}
     prune = {"kind": "prune", "criterion": criterion, "granularity": "group", "target": {"sparsity": 0.5}}
