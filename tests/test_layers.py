@@ -143,7 +143,10 @@ def test_layers_are_those_that_the_network_has(name):
     assert not net.layers.keys() & net.groups.keys()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = ("chain", "in parallel", "one in the other", "under jit and checkpoint", "with a bias in common")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
 def test_a_network_without_a_layer_computes_what_the_masked_one_computes(name):
     apply, params, layers = NETWORKS[name]
     net = trace(apply, params, X)
