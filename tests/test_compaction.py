@@ -144,7 +144,7 @@ def test_groups_are_those_that_the_network_has(name):
     assert {members: tuple(sorted(sizes)) for members, sizes in found.items()} == expected
 
 
-HALVED_WHEN_NAMED = {name for i, name in enumerate(ZOO) if i % 3 == 2} - SLOPES  # a third of the zoo, to save time
+HALVED_WHEN_NAMED = {name for i, name in enumerate(ZOO) if i % 3} - SLOPES  # most of the zoo, to save time
 
 
 @pytest.mark.parametrize(

@@ -390,7 +390,7 @@ MODELS = {
 
 # What takes long to compile is scored by its weights alone and not trained on, or left to the slow tests.
 TRAINED_ON = ("mlp", "gru", "nnx", "linen", "autoencoder", "regression")
-SLOW = ("resnet", "lstm", "transformer", "tokens", "linen")
+SLOW = ("resnet", "gru", "lstm", "transformer", "tokens", "linen")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in MODELS])
