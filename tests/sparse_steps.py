@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from prune_jax.trees import leaves_by_path
+from tests.compiling import compilations
 
 LABELS = {"hidden": {"kernel": "a", "bias": "b"}, "out": {"kernel": "b"}}
 OPTIMIZERS = {
@@ -139,3 +140,22 @@ def all_alive():
 def mostly_slow(names, *quick):
     """Parameters of a test of which only a few run by default."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def check_goes_on(tx):
+    """A method's step compiles once, and goes on from any step through plain numpy arrays; a key is state."""
+    step = stepper(tx)
+
+    def go(params, state, steps):
+        for t in steps:
+            params, state = step(params, state, jax.device_put(batch_of(t)))
+        return params, state
+
+    start = go(network(), jax.device_put(tx.init(network())), range(1))
+    with compilations() as seconds:
+        half = go(*start, range(1, 4))
+        whole = go(*half, range(4, 8))
+    assert not seconds
+    resumed = go(*jax.device_put(jax.tree.map(np.asarray, half)), range(4, 8))
+    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

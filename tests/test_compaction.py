@@ -204,10 +204,12 @@ def test_vmap_over_inputs(name):
     masks, small = net.masks(dead), net.compact(dead)
     several = jax.tree.map(lambda x: jnp.stack([x, x[::-1] if x.ndim else x]), inputs)
     over = (None, *(0 for _ in inputs))
-    try:
-        expected = jax.jit(jax.vmap(apply, over), compiler_options=FAST)(pj.apply_masks(params, masks), *several)
-    except NotImplementedError as error:
-        pytest.skip(f"JAX cannot map it: {error}")
+    mapped = jax.jit(jax.vmap(apply, over), compiler_options=FAST)
+    if name == "ragged_experts":  # JAX cannot map it whole
+        with pytest.raises(NotImplementedError):
+            mapped(pj.apply_masks(params, masks), *several)
+        return
+    expected = mapped(pj.apply_masks(params, masks), *several)
     found = jax.jit(jax.vmap(small.apply, over), compiler_options=FAST)(small.params, *several)
     for one in range(2):
         expected_one = jax.tree.map(lambda x, i=one: x[i], expected)

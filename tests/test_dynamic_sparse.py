@@ -11,17 +11,15 @@ import prune_jax as pj
 from prune_jax.allocation import allocate
 from prune_jax.errors import UserMistake
 from prune_jax.trees import leaves_by_path
-from tests.compiling import compilations
 from tests.sparse_steps import (
     OPTIMIZERS,
     alike,
-    batch_of,
     by_hand,
+    check_goes_on,
     dead_are_zero,
     living,
     mostly_slow,
     network,
-    stepper,
     trajectory,
     without_lowest,
 )
@@ -110,23 +108,7 @@ def test_static_is_masked():
 
 @pytest.mark.parametrize("name", MOVING)
 def test_it_compiles_once_and_goes_on_from_any_step(name):
-    """Through plain numpy arrays; the key is state."""
-    tx = MOVING[name](optax.adam(1e-2), **OPTIONS)
-    step = stepper(tx)
-
-    def go(params, state, steps):
-        for t in steps:
-            params, state = step(params, state, jax.device_put(batch_of(t)))
-        return params, state
-
-    start = go(network(), jax.device_put(tx.init(network())), range(1))
-    with compilations() as seconds:
-        half = go(*start, range(1, 4))
-        whole = go(*half, range(4, 8))
-    assert not seconds
-    resumed = go(*jax.device_put(jax.tree.map(np.asarray, half)), range(4, 8))
-    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    check_goes_on(MOVING[name](optax.adam(1e-2), **OPTIONS))
 
 
 @pytest.mark.slow

@@ -11,13 +11,13 @@ import prune_jax as pj
 from prune_jax.errors import UserMistake
 from prune_jax.schedules import cubic
 from prune_jax.trees import leaves_by_path
-from tests.compiling import compilations
 from tests.sparse_steps import (
     OPTIMIZERS,
     alike,
     all_alive,
     batch_of,
     by_hand,
+    check_goes_on,
     dead_are_zero,
     living,
     loss,
@@ -176,22 +176,7 @@ def test_proximal_l1_is_the_step_and_then_the_soft_threshold(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_compiles_once_and_goes_on_from_any_step(name):
-    tx = METHODS[name](optax.adam(1e-2))
-    step = stepper(tx)
-
-    def go(params, state, steps):
-        for t in steps:
-            params, state = step(params, state, jax.device_put(batch_of(t)))
-        return params, state
-
-    start = go(network(), jax.device_put(tx.init(network())), range(1))
-    with compilations() as seconds:
-        half = go(*start, range(1, 4))
-        whole = go(*half, range(4, 8))
-    assert not seconds
-    resumed = go(*jax.device_put(jax.tree.map(np.asarray, half)), range(4, 8))
-    for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    check_goes_on(METHODS[name](optax.adam(1e-2)))
 
 
 @pytest.mark.parametrize(
