@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prune_jax.costs import Cost, cost
     from prune_jax.launch import run
     from prune_jax.masks import apply_masks
+    from prune_jax.order import ends
     from prune_jax.perturbation import perturbed
     from prune_jax.schedules import cubic
     from prune_jax.scoring import compensate, mask, score
@@ -36,6 +37,7 @@ _HOME = {
     "compensate": "prune_jax.scoring",
     "cost": "prune_jax.costs",
     "cubic": "prune_jax.schedules",
+    "ends": "prune_jax.order",
     "gradual": "prune_jax.sparse_training",
     "mask": "prune_jax.scoring",
     "masked": "prune_jax.sparse_training",
@@ -59,6 +61,7 @@ __all__ = [
     "compensate",
     "cost",
     "cubic",
+    "ends",
     "gradual",
     "mask",
     "masked",

@@ -59,19 +59,13 @@ def score_groups(
     Raises:
         UserMistake: no group is left to prune.
     """
-    everywhere = prunable_paths(params)
-    paths = prunable_paths(params, exclude=exclude)
-    dense = {f"{prefix}{path}" for path in everywhere if path not in paths}
-    groups = {name: group for name, group in net.groups_of(kinds).items() if not dense & _paths(group)}
-    if not groups:
-        raise UserMistake(
-            f"no group is left to prune (groups: {', '.join(net.groups) or 'none'}): exclude less, or name other kinds"
-        )
+    groups = free_groups(net, params, kinds, exclude, prefix)
     options = dict(options or {})
     combined = criterion.combine_with(options, combine)
     if combined == "square of sum":
         if loss is None or batches is None:
             raise UserMistake(f"criterion {criterion.name!r} needs gradients: give loss= and batches=.")
+        paths = prunable_paths(params, exclude=exclude)
         found = unit_taylor(lambda tree: _sums(groups, prefix, tree), loss, params, batches, prunable=paths)
         return {name: np.asarray(values) for name, values in jax.device_get(found).items()}
     if combined.startswith("unit"):
@@ -80,6 +74,25 @@ def score_groups(
     scores = score(criterion, params, exclude=exclude, key=key, options=options, **given)
     named = {f"{prefix}{path}": leaf for path, leaf in leaves_by_path(scores).items()}
     return net.unit_scores(named, groups=groups, combine=combined)
+
+
+def free_groups(
+    net: TracedNetwork, params: PyTree, kinds: Iterable[str] = (), exclude: Iterable[str] = (), prefix: str = ""
+) -> dict[str, Group]:
+    """The groups of these kinds that hold no leaf that stays dense.
+
+    Raises:
+        UserMistake: there is none.
+    """
+    paths = prunable_paths(params, exclude=exclude)
+    dense = {f"{prefix}{path}" for path in prunable_paths(params) if path not in paths}
+    groups = {name: group for name, group in net.groups_of(kinds).items() if not dense & _paths(group)}
+    if not groups:
+        raise UserMistake(
+            f"no group is left to prune (groups: {', '.join(net.groups) or 'none'}): leave less dense, or name other "
+            "kinds"
+        )
+    return groups
 
 
 def _of_units(

@@ -13,6 +13,7 @@ import numpy as np
 from prune_jax.budgets import TRIES, within_latency
 from prune_jax.checkpoints import Store
 from prune_jax.compaction import Dead, TracedNetwork
+from prune_jax.group_scoring import free_groups
 from prune_jax.groups import LAYER, Group, gone_in
 from prune_jax.masks import apply_masks
 from prune_jax.models import Variables
@@ -22,6 +23,7 @@ from prune_jax.networks import (
     Loaded,
     Metrics,
     as_arrays,
+    dense_for,
     groups_for,
     masked,
     network_for,
@@ -53,6 +55,8 @@ def mask_groups(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
     net = groups_for(call.problem, loaded.keep)
     scores = leaves_by_path(store.read(call.inputs["scores"])[0]["scores"])  # group names are paths, too
     settings = call.settings
+    left = free_groups(net, loaded.variables.params, kinds_of(settings), dense_for(call, loaded, settings), "params/")
+    scores = {name: values for name, values in scores.items() if name in left}
     scope = settings.get("scope", "global")
     already = net.dead_in(_alive(loaded))
     choose = functools.partial(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from prune_jax.masks import sparsity
 from prune_jax.models import Network, Variables
 from prune_jax.moments import masked_moments
 from prune_jax.objectives import inputs_of, objective
+from prune_jax.order import dense
 from prune_jax.problems import dataset_of, examples_of, network_of, records_at, sample_of
 from prune_jax.progress import Progress, Report
 from prune_jax.recipe import Problem, Ref, StageCall
@@ -134,6 +135,21 @@ def right_answers(network: Network, objective_name: str, state: PyTree) -> Calla
     if "accuracy" not in objective(objective_name).metrics:
         return None
     return jax.tree_util.Partial(_right_function(network, objective_name), state)
+
+
+def dense_in(network: Network, variables: Variables, inputs: Sequence[Any], said: Mapping[str, Any]) -> tuple[str, ...]:
+    """Patterns of the parameters of a network that stay dense, of which `exclude` and `spare` are said."""
+
+    def apply(params: PyTree, state: PyTree, *inputs: Any) -> PyTree:
+        return network.apply(params, state, inputs, train=False, key=None)[0]
+
+    return dense(said.get("exclude", ()), said.get("spare", ()), apply, variables.params, variables.state, *inputs)
+
+
+def dense_for(call: StageCall, loaded: Loaded, said: Mapping[str, Any]) -> tuple[str, ...]:
+    """The same of the network that a call was handed."""
+    inputs = inputs_of(sample_of(dataset_of(call.problem)))
+    return dense_in(network_for(call.problem, loaded.keep), loaded.variables, inputs, said)
 
 
 @functools.lru_cache(maxsize=16)

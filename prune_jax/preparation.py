@@ -207,8 +207,9 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
     from prune_jax.allocation import allocate
     from prune_jax.criteria import find
     from prune_jax.granularity import check_granularity, check_leaves, unit_shape
+    from prune_jax.group_scoring import free_groups
     from prune_jax.group_stages import WIRED, kinds_of
-    from prune_jax.networks import mean_loss
+    from prune_jax.networks import dense_in, mean_loss
     from prune_jax.objectives import inputs_of
     from prune_jax.scoring import prunable_paths
     from prune_jax.statistics import check_inputs
@@ -217,22 +218,35 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
 
     inputs, params = inputs_of(sample), variables.params
     wiring = parents_of(recipe.stages)
+
+    def dense(where: str, said: Any, more: tuple[str, ...] = ()) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Patterns of what stays dense, and the paths of what is left."""
+        with _at(recipe.name, f"{where}.exclude", list(said.exclude)):
+            prunable_paths(params, exclude=said.exclude)
+        spare = tuple(dict.fromkeys((*said.spare, *more)))
+        with _at(recipe.name, f"{where}.spare", list(spare)):
+            kept = dense_in(network, variables, inputs, {"exclude": said.exclude, "spare": spare})
+            return kept, prunable_paths(params, exclude=kept)
+
     for name, stage in recipe.stages.items():
         if method := getattr(stage, "sparsify", None):
-            with _at(recipe.name, f"stages.{name}.sparsify.exclude", list(method.exclude)):
-                prunable_paths(params, exclude=method.exclude)
+            kept, _ = dense(f"stages.{name}.sparsify", method)
             with _at(recipe.name, f"stages.{name}.sparsify.kind", method.kind):
-                wrapper = _sparsified(method, 20 * getattr(method, "every", 1))
+                bare = method.model_copy(update={"exclude": kept, "spare": ()})
+                wrapper = _sparsified(bare, 20 * getattr(method, "every", 1))
                 jax.eval_shape(wrapper.update, params, jax.eval_shape(wrapper.init, params), params)
         if stage.kind not in {"score", "mask", "prune"}:
             continue
         scored: Any = recipe.stages[wiring[name][0]] if stage.kind == "mask" else stage
-        with _at(recipe.name, f"stages.{name}.exclude", list(scored.exclude)):
-            paths = prunable_paths(params, exclude=scored.exclude)
+        kept, paths = dense(f"stages.{name}", scored, stage.spare)
         if scored.granularity in WIRED:
             field, value = ("kinds", list(scored.kinds)) if scored.kinds else ("granularity", scored.granularity)
+            kinds = kinds_of(scored.model_dump())
             with _at(recipe.name, f"stages.{name}.{field}", value):
-                groups_of(network, inputs).groups_of(kinds_of(scored.model_dump()))
+                net = groups_of(network, inputs)
+                net.groups_of(kinds)
+            with _at(recipe.name, f"stages.{name}.{'spare' if stage.spare or scored.spare else 'exclude'}", list(kept)):
+                free_groups(net, params, kinds, kept, "params/")
             continue
         weights = {path: leaf for path, leaf in leaves_by_path(params).items() if path in paths}
         shapes = {path: leaf.shape for path, leaf in weights.items()}

@@ -61,7 +61,7 @@ class _Turns:
         return {"problem": origin.problem, "origin": origin, "operation": self.call.operation}
 
     def _score(self, network: Ref, level: str, **where: Any) -> StageCall:
-        settings = _only(self.call.settings, "criterion", "granularity", "kinds", "exclude")
+        settings = _only(self.call.settings, "criterion", "granularity", "kinds", "exclude", "spare")
         return score_call(
             self._name("score"),
             settings=settings,

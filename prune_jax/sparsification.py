@@ -27,7 +27,7 @@ def sparsified(
 
     Args:
         inner: any optimizer.
-        sparsify: the method and its settings.
+        sparsify: the method and its settings; of `spare` nothing is left, see `networks.dense_in`.
         steps: of the whole training, of which `begin` and `end` are shares.
         learning_rate: that of `inner`.
         key: what random masks are drawn from.
@@ -35,7 +35,7 @@ def sparsified(
     Raises:
         UserMistake: in so short a training the masks would never change.
     """
-    options: dict[str, Any] = sparsify.model_dump(exclude={"kind"})
+    options: dict[str, Any] = sparsify.model_dump(exclude={"kind", "spare"})
     begin, end = (min(int(options.get(name, 0) * steps), steps - 1) for name in ("begin", "end"))
     for name, step in (("begin", begin), ("end", end)):
         if name in options:

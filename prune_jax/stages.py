@@ -29,6 +29,7 @@ from prune_jax.networks import (
     as_arrays,
     at_rest,
     cut_variables,
+    dense_for,
     evaluator_of,
     groups_for,
     like,
@@ -47,7 +48,7 @@ from prune_jax.problems import dataset_of, network_of, sample_of
 from prune_jax.progress import Progress, Report, silent
 from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Sparsify, StageCall, StageResult, Status
 from prune_jax.schedules import iterative
-from prune_jax.scoring import compensate, mask, score
+from prune_jax.scoring import compensate, mask, prunable_paths, score
 from prune_jax.trees import PyTree, leaves_by_path
 
 SPARSIFY: TypeAdapter[Sparsify | None] = TypeAdapter(Sparsify | None)
@@ -104,6 +105,9 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
     settings = dict(call.settings)
     optimizer = Optimizer.model_validate(settings.pop("optimizer", {}))
     sparsify = SPARSIFY.validate_python(settings.pop("sparsify", None))
+    if sparsify is not None and sparsify.spare:
+        dense = dense_for(call, start, sparsify.model_dump())
+        sparsify = sparsify.model_copy(update={"exclude": dense, "spare": ()})
     goes_on, stores = settings.pop("moments", "fresh") == "kept", settings.pop("store_moments", False)
     network = network_for(call.problem, start.keep)
 
@@ -151,7 +155,7 @@ def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
         **_on_data(call, loaded, criterion, jax.random.key(call.seed), report),
         "apply": at_rest(network_for(call.problem, loaded.keep), loaded.variables.state),
         "inputs": inputs_of(sample_of(data)),
-        "exclude": tuple(call.settings.get("exclude", ())),
+        "exclude": dense_for(call, loaded, call.settings),
         "key": jax.random.key(call.seed),
         "options": criterion.get("options", {}),
         "combine": criterion.get("combine"),
@@ -186,7 +190,8 @@ def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays,
     loaded = read_network(store, call.inputs["network"])
     (params, state), alive = loaded.variables, loaded.masks
     scored, meta = store.read(call.inputs["scores"])
-    scores = like(params, scored.get("scores", {}))
+    left = prunable_paths(params, exclude=dense_for(call, loaded, call.settings))
+    scores = like(params, {p: s for p, s in leaves_by_path(scored.get("scores", {})).items() if p in left})
     settings = call.settings
     masks = mask(
         scores,

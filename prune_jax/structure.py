@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, Literal
 
 from prune_jax.compaction import Keep, TracedNetwork, cut, shrink, trace
 from prune_jax.models import Network, Variables
+from prune_jax.order import uses
 from prune_jax.trees import PyTree, leaves_by_path
 
 
@@ -46,19 +46,8 @@ def reading_order(network: Network, inputs: Sequence[Any]) -> list[str]:
     variables = jax.eval_shape(network.init, jax.random.key(0))
     shapes = tuple(jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in inputs)
     forward = lambda params, state, x: network.apply(params, state, x, train=False, key=None)[0]  # noqa: E731
-    jaxpr = jax.make_jaxpr(forward)(*variables, shapes).jaxpr
-    paths = list(leaves_by_path(variables.params))
-    return list(dict.fromkeys([*_used(jaxpr, [*paths, *[""] * (len(jaxpr.invars) - len(paths))]), *paths]))
-
-
-def _used(jaxpr: Jaxpr, names: Sequence[str]) -> Iterator[str]:
-    """The names of a jaxpr's inputs as its equations use them, those of a function that is called inside it too."""
-    named = {var: name for var, name in zip(jaxpr.invars, names, strict=True) if name}
-    for eqn in jaxpr.eqns:
-        inputs = ["" if isinstance(var, Literal) else named.get(var, "") for var in eqn.invars]
-        bodies = (getattr(value, "jaxpr", value) for value in eqn.params.values())
-        body = next((b for b in bodies if isinstance(b, Jaxpr) and len(b.invars) == len(inputs)), None)
-        yield from _used(body, inputs) if body is not None else filter(None, inputs)
+    used = uses(forward, variables.params, variables.state, shapes)
+    return list(dict.fromkeys([*used, *leaves_by_path(variables.params)]))
 
 
 def cut_network(network: Network, keep: Keep) -> Network:

@@ -83,13 +83,16 @@ def names_in(paths: Iterable[str]) -> list[str]:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether `path` fits the shell pattern, as a whole or from any `/` on.
+    """Whether `path` fits the shell pattern, as a whole or from any `/` on; `/out` fits at the root alone.
 
     >>> matches("encoder/Dense_0/kernel", "Dense_*/kernel"), matches("out/kernel", "Dense_*")
     (True, False)
     >>> matches("encoder/Dense_0/kernel", "encoder/*"), matches("out/kernel", "out")
     (True, True)
+    >>> matches("encoder/out/kernel", "/out"), matches("out/kernel", "/out")
+    (False, True)
     """
     parts = path.split("/")
-    tails = ["/".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
-    return any(fnmatchcase(tail, pattern) for tail in tails)
+    starts = range(1) if pattern.startswith("/") else range(len(parts))
+    tails = ["/".join(parts[i:j]) for i in starts for j in range(i + 1, len(parts) + 1)]
+    return any(fnmatchcase(tail, pattern.removeprefix("/")) for tail in tails)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,6 +24,22 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 Reference = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Width = Annotated[int, Field(ge=1)]
+
+
+def _ends(written: Any) -> Any:
+    return (written,) if isinstance(written, str) else written
+
+
+Spare = Annotated[
+    tuple[Literal["first", "last"], ...],
+    BeforeValidator(_ends),
+    AfterValidator(lambda ends: tuple(sorted(set(ends)))),
+    Field(
+        description="layers that stay dense: of the parameters that may be pruned, the one that the network uses first "
+        "or last; and all groups that hold an axis of it",
+        examples=["first", ["first", "last"]],
+    ),
+]
 
 
 def mistake(field: object, message: str) -> PydanticCustomError:

@@ -23,6 +23,7 @@ from prune_jax.recipe.parts import (
     Recovery,
     Schedule,
     Search,
+    Spare,
     Target,
     mistake,
 )
@@ -110,6 +111,7 @@ class Prunable(Frozen):
         default=(), description="groups of these kinds alone; left out, all"
     )
     exclude: tuple[str, ...] = Field(default=(), description="patterns of parameters that stay dense: `output/*`")
+    spare: Spare = ()
 
 
 class Score(Stage, Prunable):
@@ -193,6 +195,7 @@ class Mask(Stage, Allocation):
     """Masks the lowest scores."""
 
     kind: Literal["mask"]
+    spare: Spare = ()
 
 
 class Prune(Stage, Prunable, Allocation):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from prune_jax.recipe.parts import Fraction, Frozen, mistake
+from prune_jax.recipe.parts import Fraction, Frozen, Spare, mistake
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights that is dead at the end")]
@@ -38,6 +38,7 @@ class Gradual(Frozen):
     every: Every = 100
     scope: Scope = "global"
     exclude: Exclude = ()
+    spare: Spare = ()
     min_keep: Floor = 0
 
     @model_validator(mode="after")
@@ -58,6 +59,7 @@ class Movement(Frozen):
     every: Every = 100
     scope: Scope = "global"
     exclude: Exclude = ()
+    spare: Spare = ()
     min_keep: Floor = 0
 
     @model_validator(mode="after")
@@ -73,6 +75,7 @@ class Static(Frozen):
     sparsity: Sparsity = 0.9
     scope: Density = "erk"
     exclude: Exclude = ()
+    spare: Spare = ()
 
 
 class Set(Frozen):
@@ -85,6 +88,7 @@ class Set(Frozen):
     drop: Drop = 0.3
     scope: Density = "erk"
     exclude: Exclude = ()
+    spare: Spare = ()
 
 
 class Rigl(Frozen):
@@ -97,6 +101,7 @@ class Rigl(Frozen):
     drop: Drop = 0.3
     scope: Density = "erk"
     exclude: Exclude = ()
+    spare: Spare = ()
 
 
 class Ste(Frozen):
@@ -106,6 +111,7 @@ class Ste(Frozen):
     sparsity: Sparsity = 0.9
     scope: Scope = "global"
     exclude: Exclude = ()
+    spare: Spare = ()
     min_keep: Floor = 0
 
 
@@ -119,6 +125,7 @@ class Surgery(Frozen):
     end: Share = 0.75
     every: Every = 100
     exclude: Exclude = ()
+    spare: Spare = ()
 
     @model_validator(mode="after")
     def _lasts(self) -> Surgery:
@@ -136,6 +143,7 @@ class AcDc(Frozen):
     every: Every = Field(default=100, description="steps in a phase")
     scope: Scope = "global"
     exclude: Exclude = ()
+    spare: Spare = ()
     min_keep: Floor = 0
 
     @model_validator(mode="after")
@@ -150,6 +158,7 @@ class ProximalL1(Frozen):
     kind: Literal["proximal_l1"]
     l1: float = Field(default=1e-4, ge=0, description="weight of sum |w| beside the loss")
     exclude: Exclude = ()
+    spare: Spare = ()
 
 
 Sparsify = Annotated[
