@@ -159,16 +159,28 @@ def _list_recipes(texts: dict[str, str]) -> None:
     Console().print(table)
 
 
-@app.command()
-def methods() -> None:
-    """Lists criteria, scopes, targets and schedules, with formula and paper."""
+@app.command(epilog="Examples:\n\n  prune-jax methods\n\n  prune-jax methods taylor")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Explains this one.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Lists criteria, granularities, scopes, targets, schedules and training methods, or explains one by its name."""
     from rich.console import Console
 
-    from prune_jax.catalogue import methods_tables
+    from prune_jax.catalogue import entries, methods_tables
+    from prune_jax.manual import as_json as plain
+    from prune_jax.manual import look_up, page
 
+    found = look_up(name) if name else list(entries())
     console = Console()
-    for table in methods_tables():
-        console.print(table)
+    if as_json:
+        sys.stdout.write(json.dumps([plain(entry) for entry in found], indent=1) + "\n")
+    elif name is None:
+        for table in methods_tables():
+            console.print(table)
+    else:
+        for i, entry in enumerate(found):
+            console.print(*["\n"] * bool(i), *page(entry), sep="\n", highlight=False)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from prune_jax.criteria import find
 from prune_jax.notation import read_granularity
 from prune_jax.recipe import (
+    BUILT_IN_METHODS,
     Data,
     Problem,
     Prune,
@@ -27,6 +28,7 @@ from prune_jax.recipe import (
     with_value,
 )
 from prune_jax.recipe.parts import Frozen
+from prune_jax.sparse_training import find as find_method
 
 # A stage that comes to compute something else gets the next number, so that nothing old is taken for new.
 VERSIONS = {"train": 1, "score": 1, "mask": 1, "finetune": 1, "prune": 1, "compact": 1, "export": 1, "evaluate": 2}
@@ -292,6 +294,9 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
     settings = stage.settings()
     if "criterion" in settings:
         settings["criterion"] = _without_defaults(settings["criterion"])
+    if settings.get("sparsify", {}).get("kind", "gradual") not in BUILT_IN_METHODS:
+        defaults = find_method(settings["sparsify"]["kind"]).options
+        settings["sparsify"] = {k: v for k, v in settings["sparsify"].items() if k not in defaults or v != defaults[k]}
     operations: dict[str, Any] = {"operation": stage.operation()}
     if stage.kind == "train":
         if "steps" not in settings:

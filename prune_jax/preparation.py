@@ -10,7 +10,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError, UserMistake, did_you_mean
 from prune_jax.plan import Plan, expand, make_plan
 from prune_jax.problems import code_of, data_of
-from prune_jax.recipe import Problem, Prune, Recipe, Recovery, RewindStep, Sparsify, StageCall, parents_of
+from prune_jax.recipe import CustomMethod, Problem, Prune, Recipe, Recovery, RewindStep, Sparsify, StageCall, parents_of
 
 
 def prepare(recipe: Recipe) -> Plan:
@@ -97,6 +97,8 @@ def _check_names(recipe: Recipe) -> None:
                     )
             with _at(recipe.name, f"{where}.granularity", stage.granularity):
                 check_granularity(stage.granularity, criterion.granularities)
+        if custom := getattr(stage, "sparsify", None):
+            _check_method(recipe.name, f"{where}.sparsify", custom)
         if stage.kind == "export":
             with _at(recipe.name, f"{where}.formats", list(stage.formats)):
                 _check_formats(stage.formats)
@@ -108,6 +110,19 @@ def _check_names(recipe: Recipe) -> None:
                 _known("metric", metric, ["loss", *goal.metrics])
                 if not recipe.data.validation:
                     raise UserMistake("needs a validation split: set `data.validation`, such as 0.1")
+
+
+def _check_method(recipe: str, where: str, sparsify: Sparsify) -> None:
+    """Refuses methods that nobody registered, and options that their functions do not take."""
+    from prune_jax.sparse_training import find
+    from prune_jax.sparsification import options_of
+
+    with _at(recipe, f"{where}.kind", sparsify.kind):
+        method = find(sparsify.kind)
+    if isinstance(sparsify, CustomMethod):
+        options = options_of(sparsify)
+        with _at(recipe, where, options):
+            method.check_options(options)
 
 
 def _check_formats(formats: tuple[str, ...]) -> None:
@@ -234,7 +249,12 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
             with _at(recipe.name, f"stages.{name}.sparsify.kind", method.kind):
                 bare = method.model_copy(update={"exclude": kept, "spare": ()})
                 wrapper = _sparsified(bare, 20 * getattr(method, "every", 1))
-                jax.eval_shape(wrapper.update, params, jax.eval_shape(wrapper.init, params), params)
+                state = jax.eval_shape(wrapper.init, params)
+                if not {"masks", "inner"} <= set(dir(state)):
+                    raise UserMistake(
+                        "its state has no `masks` and `inner`, such as prune_jax.sparse_training.SparseState"
+                    )
+                jax.eval_shape(wrapper.update, params, state, params)
         if stage.kind not in {"score", "mask", "prune"}:
             continue
         scored: Any = recipe.stages[wiring[name][0]] if stage.kind == "mask" else stage

@@ -7,15 +7,20 @@ import hashlib
 import importlib
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prune_jax.criteria import find as find_criterion
 from prune_jax.datasets import Dataset, GrainSplit, Split, load
 from prune_jax.errors import UserMistake
-from prune_jax.recipe import Data, Problem, Prune, Recipe, Score
+from prune_jax.recipe import Data, Finetune, Problem, Prune, Recipe, Score, Train
+from prune_jax.recipe.sparsify import Gradual
+from prune_jax.sparse_training import find as find_method
 
 if TYPE_CHECKING:
     from prune_jax.models import Network
@@ -104,10 +109,20 @@ def _build(model: str, shapes: tuple[tuple[tuple[int, ...], str], ...], outputs:
 
 
 def code_of(recipe: Recipe) -> dict[str, str]:
-    """The digest of the file of each `module:object` that the recipe names: edited code is another recipe."""
-    references = [recipe.data.source, recipe.model.kind, recipe.objective]
-    references += [stage.criterion.name for stage in recipe.stages.values() if isinstance(stage, Score | Prune)]
-    return {reference: _code_digest(reference) for reference in references if ":" in reference}
+    """The digests of the files of others' code that the recipe names: edited code is another recipe.
+
+    Of each `module:object`, and of each criterion and training method that is registered by name and not ours.
+    """
+    stages = recipe.stages.values()
+    criteria = [stage.criterion.name for stage in stages if isinstance(stage, Score | Prune)]
+    methods = [stage.sparsify for stage in stages if isinstance(stage, Train | Finetune) and stage.sparsify]
+    criteria += [method.criterion for method in methods if isinstance(method, Gradual)]
+    kinds = [method.kind for method in methods]
+    references = [recipe.data.source, recipe.model.kind, recipe.objective, *criteria, *kinds]
+    found = {reference: _code_digest(reference) for reference in references if ":" in reference}
+    plugged = [(find_criterion, name) for name in criteria] + [(find_method, name) for name in kinds]
+    named = {name: _plugin_digest(find, name) for find, name in plugged if ":" not in name}
+    return found | {name: told for name, told in named.items() if told}
 
 
 def _code_digest(reference: str) -> str:
@@ -115,6 +130,15 @@ def _code_digest(reference: str) -> str:
         return _file_digest(importlib.import_module(reference.partition(":")[0]))
     except Exception:
         return ""  # what uses it will say so, with its place in the recipe
+
+
+def _plugin_digest(find: Callable[[str], Any], name: str) -> str:
+    """Nothing of what is ours: that the version of the stage tells."""
+    try:
+        module = find(name).function.__module__
+        return "" if module.partition(".")[0] == "prune_jax" else _file_digest(sys.modules[module])
+    except Exception:
+        return ""  # as above
 
 
 def _file_digest(module: ModuleType) -> str:

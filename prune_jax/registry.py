@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from prune_jax.errors import UserMistake, did_you_mean
@@ -48,8 +48,7 @@ class Registry(Generic[T]):
         if name not in self._entries:
             for plugin in entry_points(group=self._group):
                 if plugin.name == name:
-                    entry = plugin.load()
-                    self._entries.setdefault(name, entry)  # loading may have registered it already
+                    self._entries.setdefault(name, self._loaded(plugin))  # loading may have registered it already
                     break
             else:
                 raise UserMistake(
@@ -57,6 +56,20 @@ class Registry(Generic[T]):
                     f"(known: {', '.join(self.names())})"
                 )
         return self._entries[name]
+
+    def entries(self) -> tuple[T, ...]:
+        """What is registered so far; plug-ins that nobody has asked for are not."""
+        return tuple(self._entries.values())
+
+    def _loaded(self, plugin: EntryPoint) -> Any:
+        try:
+            return plugin.load()
+        except Exception as error:  # whatever the other package raises
+            package = plugin.dist.name if plugin.dist else plugin.value
+            raise UserMistake(
+                f"{self.kind} {plugin.name!r} cannot be loaded from {package!r} ({plugin.value}): "
+                f"{type(error).__name__}: {error}. Mend or uninstall that package."
+            ) from error
 
 
 def load_object(reference: str) -> Any:

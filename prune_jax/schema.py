@@ -6,7 +6,7 @@ from typing import Any
 
 from prune_jax.criteria import CRITERIA
 from prune_jax.datasets import SOURCES
-from prune_jax.recipe import BUILT_IN_MODELS, Recipe
+from prune_jax.recipe import BUILT_IN_METHODS, BUILT_IN_MODELS, Recipe
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -18,6 +18,7 @@ def recipe_schema() -> dict[str, Any]:
     criterion["properties"]["name"] |= names
     parts["Criterion"] = {"anyOf": [names, criterion], "title": "Criterion"}
     parts["CustomModel"]["properties"]["kind"] |= {"not": {"enum": list(BUILT_IN_MODELS)}}
+    parts["CustomMethod"]["properties"]["kind"] |= {"not": {"enum": list(BUILT_IN_METHODS)}}
     source = parts["Data"]["properties"]["source"]
     source["anyOf"] = [{"enum": list(SOURCES)}, {"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -8,9 +8,9 @@ import jax
 import optax
 
 from prune_jax.errors import UserMistake
-from prune_jax.recipe import Sparsify
+from prune_jax.recipe import CustomMethod, Sparsify
 from prune_jax.schedules import cubic
-from prune_jax.sparse_training import METHODS
+from prune_jax.sparse_training import METHODS, find
 
 DRAWN = ("static", "set", "rigl")  # take a key
 
@@ -35,6 +35,8 @@ def sparsified(
     Raises:
         UserMistake: in so short a training the masks would never change.
     """
+    if isinstance(sparsify, CustomMethod):
+        return _custom(inner, sparsify, steps=steps, learning_rate=learning_rate, key=key)
     options: dict[str, Any] = sparsify.model_dump(exclude={"kind", "spare"})
     begin, end = (min(int(options.get(name, 0) * steps), steps - 1) for name in ("begin", "end"))
     for name, step in (("begin", begin), ("end", end)):
@@ -54,3 +56,17 @@ def sparsified(
     if sparsify.kind in DRAWN or options.get("criterion", "magnitude") != "magnitude":
         options["key"] = key
     return METHODS[sparsify.kind].function(inner, **options)
+
+
+def _custom(
+    inner: optax.GradientTransformation, sparsify: CustomMethod, **training: Any
+) -> optax.GradientTransformationExtraArgs:
+    entry, options = find(sparsify.kind), options_of(sparsify)
+    entry.check_options(options)
+    return entry.function(inner, **options, **entry.of_training(**training))
+
+
+def options_of(sparsify: CustomMethod) -> dict[str, Any]:
+    """What a recipe says to somebody else's function; it need not know `exclude` where nothing is excluded."""
+    options = sparsify.model_dump(exclude={"kind", "spare"})
+    return options if sparsify.exclude or sparsify.spare else {k: v for k, v in options.items() if k != "exclude"}

@@ -1,4 +1,4 @@
-"""The first and the last layer are those of the dataflow, whatever their names, and stay dense where a recipe says so."""
+"""The first and the last layer are those of the dataflow, whatever their names; a recipe keeps them dense by a word."""
 
 import jax
 import jax.numpy as jnp

@@ -140,7 +140,10 @@ def test_a_collapsed_layer_is_named(store):
 
 
 MISTAKES = [
-    ({"kind": "rigle"}, "stages.train.sparsify.kind = 'rigle': is not known; did you mean 'rigl'?"),
+    (
+        {"kind": "rigle"},
+        "stages.train.sparsify.kind = 'rigle': training method 'rigle' is not known; did you mean 'rigl'?",
+    ),
     ({"sparsity": 0.9}, "stages.train.sparsify: is missing its `kind`"),
     ({"kind": "rigl", "scope": "global"}, "stages.train.sparsify.scope = 'global': is not known"),
     ({"kind": "rigl", "fraction": 0.3}, "stages.train.sparsify.fraction = 0.3: is not a field here"),

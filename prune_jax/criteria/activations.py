@@ -262,6 +262,8 @@ def _forgotten(
     paper="Michel et al. 2019, arXiv:1905.10650",
     granularities=("group",),
     combine="unit and loss",
+    family="gradients",
+    cost="per-example gradients",
 )
 def head_importance(groups: Groups, leaves: Leaves, *, loss: Loss, batches: Iterable[Any]) -> Scores:
     """How strongly the loss of an example answers to a gate xi on an attention head, at xi = 1.
@@ -340,6 +342,8 @@ def _add_gates(
     paper="Men et al. 2024, arXiv:2403.03853",
     granularities=("layer",),
     combine="unit and loss",
+    family="activations",
+    cost="1 forward pass",
 )
 def block_influence(groups: Groups, leaves: Leaves, *, loss: Loss, batches: Iterable[Any]) -> Scores:
     """How far a residual branch turns what it is added to: one minus the mean cosine of before and after.

@@ -41,6 +41,15 @@ class Criterion:
     combine: str = "sum"
     # Of a solver: `compensate(params, stats, masks, **options)` answers the weights under masks, survivors corrected.
     compensate: Callable[..., PyTree] | None = None
+    family: str = ""  # of `FAMILY_OF`; left out, that of what it needs
+    cost: str = ""  # in passes; left out, that of what it needs
+
+    def __post_init__(self) -> None:
+        family, cost = next((FAMILY_OF[need] for need in sorted(self.needs) if need in FAMILY_OF), NO_DATA)
+        if not self.needs and self.combine == "unit and loss":
+            family, cost = "the loss", "passes of its own"
+        object.__setattr__(self, "family", self.family or family)
+        object.__setattr__(self, "cost", self.cost or cost)
 
     @property
     def data_free(self) -> bool:
@@ -106,6 +115,21 @@ class Criterion:
         return self.function(*args, **options)
 
 
+# What a criterion looks at, by what it needs, and what that costs.
+NO_DATA = ("weights", "none")
+FAMILY_OF = {
+    "flow": ("weights", "1 gradient of the network at ones"),
+    **dict.fromkeys(("gradient", "gradient_abs", "gradient_square"), ("gradients", "1 gradient pass")),
+    "example_gradient_square": ("curvature", "per-example gradients"),
+    "hessian_gradient": ("curvature", "1 gradient pass, 1 Hessian product a batch"),
+    "hessian_diagonal": ("curvature", "`probes` Hessian products a batch"),
+    "fisher_blocks": ("curvature", "per-example gradients, weights x block numbers"),
+    **dict.fromkeys(
+        ("input_square", "zeros", "histogram", "label_histogram", "covariance"), ("activations", "1 forward pass")
+    ),
+    "correct": ("the loss", "1 forward pass a unit"),
+}
+FAMILY_ORDER = ("weights", "gradients", "curvature", "activations", "the loss")
 OURS = ("key", "loss", "correct", "batches")  # what a criterion is given, and no option
 COMBINE = ("sum", "mean", "l1", "l2", "max")  # what one may want to be made of the scores of a unit's weights
 COUNTS = ("probes", "block")
@@ -122,6 +146,8 @@ def criterion(
     granularities: tuple[str, ...] = FAMILIES,
     combine: str = "sum",
     compensate: Callable[..., PyTree] | None = None,
+    family: str = "",
+    cost: str = "",
 ) -> Callable[[Callable[..., PyTree]], Criterion]:
     """Registers the function below it under `name`, with the facts of `Criterion`.
 
@@ -131,8 +157,8 @@ def criterion(
 
     def register(function: Callable[..., PyTree]) -> Criterion:
         instead = {option: frozenset(fields) for option, fields in (needs_if or {}).items()}
-        entry = Criterion(name, function, formula, paper, frozenset(needs), instead, granularities, combine, compensate)
-        return CRITERIA.add(name, entry)
+        facts = (formula, paper, frozenset(needs), instead, granularities, combine, compensate, family, cost)
+        return CRITERIA.add(name, Criterion(name, function, *facts))
 
     return register
 

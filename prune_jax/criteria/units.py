@@ -94,6 +94,7 @@ def fpgm(groups: Mapping[str, Group], leaves: Leaves) -> Scores:
     paper="Molchanov et al. 2017, arXiv:1611.06440, section 2.2",
     granularities=("group", "layer"),
     combine="unit and loss",
+    cost="1 forward pass a unit",
 )
 def oracle(groups: Mapping[str, Group], leaves: Leaves, *, loss: Loss, batches: Iterable[Any]) -> Scores:
     """The change of the loss when a unit is taken away, exactly: one pass over the batches for each unit.

@@ -16,13 +16,15 @@ from prune_jax.recipe.parts import (
 )
 from prune_jax.recipe.read import built_in, check_run_name, read_recipe, validate, with_value
 from prune_jax.recipe.recipe import EXPORTS, Evaluate, Finetune, Mask, Prune, Recipe, Score, Stage, Train, untargeted
-from prune_jax.recipe.sparsify import Sparsify
+from prune_jax.recipe.sparsify import BUILT_IN_METHODS, CustomMethod, Sparsify
 from prune_jax.recipe.wiring import NETWORKS, parents_of
 
 __all__ = [
+    "BUILT_IN_METHODS",
     "BUILT_IN_MODELS",
     "EXPORTS",
     "NETWORKS",
+    "CustomMethod",
     "Data",
     "Evaluate",
     "Finetune",

@@ -5,13 +5,13 @@ Shares are of the training's steps, so that a longer training stretches the sche
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from prune_jax.recipe.parts import Fraction, Frozen, Spare, mistake
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1, description="a share of the training's steps")]
 Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights that is dead at the end")]
 Scope = Annotated[Literal["global", "layer", "erk"], Field(description="within which set weights compete")]
 Density = Annotated[Literal["layer", "erk"], Field(description="how many live in each layer, which keeps its number")]
@@ -161,6 +161,44 @@ class ProximalL1(Frozen):
     spare: Spare = ()
 
 
+class CustomMethod(BaseModel):
+    """A method of somebody else's: all beside `kind`, `exclude` and `spare` are options of its function."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    kind: str = Field(description="module:object, or the name of a registered method, such as an installed plug-in's")
+    exclude: Exclude = ()
+    spare: Spare = ()
+
+
+BUILT_IN_METHODS: dict[str, type[Frozen]] = {
+    "gradual": Gradual,
+    "movement": Movement,
+    "static": Static,
+    "set": Set,
+    "rigl": Rigl,
+    "ste": Ste,
+    "surgery": Surgery,
+    "ac_dc": AcDc,
+    "proximal_l1": ProximalL1,
+}
+
+
+def _method_tag(value: Any) -> str | None:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if kind is None or kind in BUILT_IN_METHODS else "custom"
+
+
 Sparsify = Annotated[
-    Gradual | Movement | Static | Set | Rigl | Ste | Surgery | AcDc | ProximalL1, Field(discriminator="kind")
+    Annotated[Gradual, Tag("gradual")]
+    | Annotated[Movement, Tag("movement")]
+    | Annotated[Static, Tag("static")]
+    | Annotated[Set, Tag("set")]
+    | Annotated[Rigl, Tag("rigl")]
+    | Annotated[Ste, Tag("ste")]
+    | Annotated[Surgery, Tag("surgery")]
+    | Annotated[AcDc, Tag("ac_dc")]
+    | Annotated[ProximalL1, Tag("proximal_l1")]
+    | Annotated[CustomMethod, Tag("custom")],
+    Discriminator(_method_tag),
 ]

@@ -6,7 +6,7 @@ True = alive. It stands outermost in a chain; pruned weights are exactly zero af
 
 from prune_jax.sparse_training.changing import SparseState
 from prune_jax.sparse_training.dynamic import rigl, sparse_evolution, static
-from prune_jax.sparse_training.entry import METHODS, Method, method
+from prune_jax.sparse_training.entry import METHODS, Method, find, method
 from prune_jax.sparse_training.gradual import ac_dc, gradual
 from prune_jax.sparse_training.latent import movement, ste, surgery
 from prune_jax.sparse_training.masked import MaskedState, masked
@@ -18,6 +18,7 @@ __all__ = [
     "Method",
     "SparseState",
     "ac_dc",
+    "find",
     "gradual",
     "masked",
     "method",
