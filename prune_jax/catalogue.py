@@ -147,8 +147,8 @@ def _criterion(name: str) -> Entry:
         "cost": entry.cost,
     }
     text = entry.function.__doc__ or ""
-    told = {"text": text, "options": entry.options, "facts": facts, "granularities": entry.granularities}
-    return Entry("criterion", name, entry.formula, entry.paper, **told)
+    told: dict[str, Any] = {"text": text, "options": entry.options, "facts": facts}
+    return Entry("criterion", name, entry.formula, entry.paper, granularities=entry.granularities, **told)
 
 
 def _method(name: str) -> Entry:

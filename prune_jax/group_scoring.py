@@ -66,7 +66,7 @@ def score_groups(
         if loss is None or batches is None:
             raise UserMistake(f"criterion {criterion.name!r} needs gradients: give loss= and batches=.")
         paths = prunable_paths(params, exclude=exclude)
-        found = unit_taylor(lambda tree: _sums(groups, prefix, tree), loss, params, batches, prunable=paths)
+        found = unit_taylor(_Sums.of(groups, prefix), loss, params, batches, prunable=paths)
         return {name: np.asarray(values) for name, values in jax.device_get(found).items()}
     if combined.startswith("unit"):
         return _of_units(criterion, groups, params, prefix, loss, correct, batches, options)
@@ -141,14 +141,30 @@ def _paths(group: Group) -> set[str]:
     return {path for path, _, _ in group.members}
 
 
-def _sums(groups: Mapping[str, Group], prefix: str, tree: PyTree) -> dict[str, jax.Array]:
-    """Sums over the elements that each unit holds, `[units]` by group."""
-    leaves = {f"{prefix}{path}": leaf for path, leaf in leaves_by_path(tree).items()}
-    found: dict[str, jax.Array] = {}
-    for name, group in groups.items():
-        for path, axis, places in group.members:
-            if path in leaves:
-                leaf = leaves[path]
-                line = jnp.sum(leaf, axis=tuple(d for d in range(leaf.ndim) if d != axis))
-                found[name] = found.get(name, jnp.zeros(group.size)) + jnp.sum(line[places], axis=1)
-    return found
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the elements that each unit holds, `[units]` by group; equal for equal groups: it compiles once.
+
+    Attributes:
+        held: by group its units, and path and axis of its members.
+    """
+
+    prefix: str
+    held: tuple[tuple[str, int, tuple[tuple[str, int], ...]], ...]
+
+    @classmethod
+    def of(cls, groups: Mapping[str, Group], prefix: str) -> Partial:
+        """That of these groups; the indices `[units, m]` of their members are arguments of what is compiled."""
+        held = tuple((name, g.size, tuple((path, axis) for path, axis, _ in g.members)) for name, g in groups.items())
+        return Partial(cls(prefix, held), {name: [places for *_, places in g.members] for name, g in groups.items()})
+
+    def __call__(self, places: Mapping[str, list[Any]], tree: PyTree) -> dict[str, jax.Array]:
+        leaves = {f"{self.prefix}{path}": leaf for path, leaf in leaves_by_path(tree).items()}
+        found: dict[str, jax.Array] = {}
+        for name, size, members in self.held:
+            for (path, axis), rows in zip(members, places[name], strict=True):
+                if path in leaves:
+                    leaf = leaves[path]
+                    line = jnp.sum(leaf, axis=tuple(d for d in range(leaf.ndim) if d != axis))
+                    found[name] = found.get(name, jnp.zeros(size)) + jnp.sum(line[rows], axis=1)
+        return found

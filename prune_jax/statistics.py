@@ -212,6 +212,8 @@ def unit_taylor(
 ) -> PyTree:
     """The squared change of the loss when a unit is removed, to first order: mean over batches of (sum g w)^2.
 
+    Compiles once for equal `sums` and the same `loss`, each a function or a `jax.tree_util.Partial` of one.
+
     Args:
         sums: makes of a tree like `params`, None for leaves that are not prunable, the sums over units.
         loss: `loss(params, batch) -> scalar`, a mean over the batch's examples.
@@ -223,21 +225,22 @@ def unit_taylor(
         A tree like that of `sums`, float32.
     """
     paths = frozenset(prunable)
-
-    @jax.jit
-    def squares(params: PyTree, batch: PyTree) -> PyTree:
-        gradient = _gradient(loss, params, batch, paths)
-        terms = jax.tree.map(lambda g, w: g * w.astype(jnp.float32), gradient, select(params, paths))
-        return jax.tree.map(lambda s: _examples(batch) * jnp.square(s), sums(terms))
-
+    sums, loss = (f if isinstance(f, Partial) else Partial(f) for f in (sums, loss))
     total, examples = None, 0
     for batch in batches:
-        found = squares(params, batch)
+        found = _unit_squares(sums, loss, params, batch, paths=paths)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
         examples += _examples(batch)
     if not examples:
         raise UserMistake("there are no batches to gather statistics from; give at least one.")
     return jax.tree.map(lambda s: s / examples, total)
+
+
+@partial(jax.jit, static_argnames=("paths",))
+def _unit_squares(sums: Partial, loss: Partial, params: PyTree, batch: PyTree, *, paths: frozenset[str]) -> PyTree:
+    gradient = _gradient(loss, params, batch, paths)
+    terms = jax.tree.map(lambda g, w: g * w.astype(jnp.float32), gradient, select(params, paths))
+    return jax.tree.map(lambda s: _examples(batch) * jnp.square(s), sums(terms))
 
 
 def _zeros(params: PyTree, paths: frozenset[str]) -> PyTree:

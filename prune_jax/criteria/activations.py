@@ -45,7 +45,7 @@ def wanda(params: PyTree, stats: Statistics) -> PyTree:
         stats: `input_square`, shaped like `params`.
 
     Returns:
-        Scores shaped like `params`, float32, >= 0.
+        Scores shaped like `params`, float32, >= 0, in units of the layer's outputs.
     """
     return jax.tree.map(lambda w, x2: jnp.abs(w.astype(jnp.float32)) * jnp.sqrt(x2), params, stats.input_square)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from prune_jax.criteria.entry import criterion
 from prune_jax.errors import UserMistake
@@ -108,6 +109,7 @@ def oracle(groups: Mapping[str, Group], leaves: Leaves, *, loss: Loss, batches: 
     Returns:
         Group -> scores `[units]`, float32, in units of the loss; negative where the network is better off without.
     """
+    loss = loss if isinstance(loss, Partial) else Partial(loss)
     held = [jax.device_put(batch) for batch in batches]
     counts = [jax.tree.leaves(batch)[0].shape[0] for batch in held]
     if not held:
@@ -116,22 +118,30 @@ def oracle(groups: Mapping[str, Group], leaves: Leaves, *, loss: Loss, batches: 
     def mean(values: list[jax.Array]) -> jax.Array:
         return sum(count * value for count, value in zip(counts, values, strict=True)) / sum(counts)
 
-    @partial(jax.jit, static_argnames="axes")
-    def without(leaves: Leaves, places: Mapping[str, jax.Array], axes: tuple[tuple[str, int], ...], batch: Any) -> Any:
-        """Losses `[units]`, one unit after the other so that memory stays that of one network."""
-
-        def one(rows: Mapping[str, jax.Array]) -> jax.Array:
-            cut = dict(leaves)
-            for path, axis in axes:
-                cut[path] = cut[path].at[(slice(None),) * axis + (rows[f"{path}[{axis}]"],)].set(0)
-            return loss(cut, batch)
-
-        return jax.lax.map(one, places)
-
-    whole = mean([jax.jit(loss)(dict(leaves), batch) for batch in held])
+    whole = mean([_value(loss, dict(leaves), batch) for batch in held])
     found: Scores = {}
     for name, group in groups.items():
         axes = tuple((path, axis) for path, axis, _ in group.members if path in leaves)
         places = {f"{path}[{axis}]": jnp.asarray(p) for path, axis, p in group.members if path in leaves}
-        found[name] = np.asarray(mean([without(dict(leaves), places, axes, batch) for batch in held]) - whole)
+        found[name] = np.asarray(
+            mean([_without(loss, dict(leaves), places, batch, axes=axes) for batch in held]) - whole
+        )
     return found
+
+
+_value = jax.jit(lambda loss, leaves, batch: loss(leaves, batch))
+
+
+@partial(jax.jit, static_argnames="axes")
+def _without(
+    loss: Loss, leaves: Leaves, places: Mapping[str, jax.Array], batch: Any, *, axes: tuple[tuple[str, int], ...]
+) -> jax.Array:
+    """Losses `[units]`, one unit after the other so that memory stays that of one network."""
+
+    def one(rows: Mapping[str, jax.Array]) -> jax.Array:
+        cut = dict(leaves)
+        for path, axis in axes:
+            cut[path] = cut[path].at[(slice(None),) * axis + (rows[f"{path}[{axis}]"],)].set(0)
+        return loss(cut, batch)
+
+    return jax.lax.map(one, places)
