@@ -182,6 +182,8 @@ def methods_tables() -> Iterator[Table]:
         papers = any(entry.paper for entry in found)
         table = Table(name, _HEADS[name], *more, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 1, 0))
         table.columns[0].no_wrap = True
+        for column, width in zip(table.columns[2:], (24, 12), strict=False):
+            column.max_width = width  # what there is beyond is for the formula
         for entry in found:
             formula = escape(entry.formula) + (f"\n[dim]{escape(entry.paper)}[/]" if papers and entry.paper else "")
             cells = [_needs(entry), _briefly(entry.granularities)] if more else []

@@ -177,7 +177,7 @@ def methods(
         sys.stdout.write(json.dumps([plain(entry) for entry in found], indent=1) + "\n")
     elif name is None:
         for table in methods_tables():
-            console.print(table)
+            console.print(table, "")
     else:
         for i, entry in enumerate(found):
             console.print(*["\n"] * bool(i), *page(entry), sep="\n", highlight=False)
