@@ -2,7 +2,8 @@
 
 A perceptron 64-128-64-10; 30 epochs dense, 30 along a cubic schedule with masks every epoch, 30 under the last masks;
 Adam 1e-3, batch 64. The seed draws the split (1,437 to train, 360 to test), the parameters and the order of examples.
-Sparsity is of the 17,024 weights of kernels. Methods that are sparse from the start are so for all 90 epochs.
+Sparsity is of the 17,024 weights of kernels. Methods that are sparse from the start are so for all 90 epochs. jaxpruner
+had 5 seeds; here there are 20, so that luck of ours hides nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from jax import lax
 from sklearn.datasets import load_digits
 
 import prune_jax as pj
+from prune_jax.schedules import Levels
 from tests.benchmarks.rounds import Figure
 
-SEEDS, SPARSITIES = range(5), (0.5, 0.8, 0.9, 0.95, 0.98)
+SEEDS, SPARSITIES = range(20), (0.5, 0.8, 0.9, 0.95, 0.98)
 WIDTHS = (64, 128, 64, 10)
+THEIR_SEEDS = 5
 EPOCHS, BATCH, TRAINED = 30, 64, 1437
 STEPS = TRAINED // BATCH  # of an epoch
 BEGIN, END, LAST = EPOCHS * STEPS, 2 * EPOCHS * STEPS, 3 * EPOCHS * STEPS
@@ -43,10 +46,13 @@ JAXPRUNER = {
 BY_HAND = "magnitude, global"  # what is repeated without the package, seed by seed
 
 
+def _ramp(sparsity: float) -> Levels:
+    return pj.cubic(0.0, sparsity, begin=BEGIN, end=END, every=STEPS)
+
+
 def _gradual(sparsity: float, criterion: str, scope: str) -> optax.GradientTransformation:
-    levels = pj.cubic(0.0, sparsity, begin=BEGIN, end=END, every=STEPS)
     key = jax.random.key(0) if criterion == "random" else None
-    return pj.gradual(optax.adam(1e-3), criterion=criterion, schedule=levels, scope=scope, key=key)
+    return pj.gradual(optax.adam(1e-3), criterion=criterion, schedule=_ramp(sparsity), scope=scope, key=key)
 
 
 def _one_shot(sparsity: float) -> optax.GradientTransformation:
@@ -67,7 +73,7 @@ METHODS: Mapping[str, Callable[[float], optax.GradientTransformation]] = {
     "saliency, global": partial(_gradual, criterion="snip", scope="global"),
     "random, layer": partial(_gradual, criterion="random", scope="layer"),
     "one-shot magnitude, layer": _one_shot,
-    "ste, layer": partial(_sparse, pj.ste, scope="layer"),
+    "ste, layer": lambda s: pj.ste(optax.adam(1e-3), sparsity=_ramp(s), scope="layer"),
     "static, erk": partial(_sparse, pj.static, **DRAWN),
     "set, erk": partial(_sparse, pj.sparse_evolution, every=STEPS, end=END, **DRAWN),
     "rigl, erk": partial(_sparse, pj.rigl, every=STEPS, end=END, **DRAWN),
@@ -129,37 +135,40 @@ def _trained(tx: optax.GradientTransformation, drawn: list[tuple[Any, ...]]) -> 
 
 
 def _by_hand(sparsity: float, drawn: list[tuple[Any, ...]]) -> list[float]:
-    """Global magnitude with numpy: masks times weights, the masks chosen by sorting on the host."""
+    """Global magnitude without the package: Adam on masked gradients, the masks chosen by sorting on the host."""
     tx = optax.adam(1e-3)
+
+    def keep(mask: jax.Array, values: jax.Array) -> jax.Array:
+        return jnp.where(mask, values, 0)
 
     @jax.jit
     def epoch(params: Any, state: Any, masks: Any, x: jax.Array, y: jax.Array, order: jax.Array) -> Any:
         def step(held: tuple[Any, Any], batch: jax.Array) -> tuple[tuple[Any, Any], None]:
             params, state = held
-            gradients = jax.tree.map(jnp.multiply, jax.grad(_loss)(params, x[batch], y[batch]), masks)
+            gradients = jax.tree.map(keep, masks, jax.grad(_loss)(params, x[batch], y[batch]))
             updates, state = tx.update(gradients, state, params)
-            params = jax.tree.map(jnp.multiply, optax.apply_updates(params, updates), masks)
-            return (params, state), None
+            steps = jax.tree.map(lambda m, u, w: jnp.where(m, u, -w), masks, updates, params)
+            return (optax.apply_updates(params, steps), state), None
 
         return lax.scan(step, (params, state), order)[0]
 
     found = []
     for params, train, test, order in drawn:
-        state, masks = tx.init(params), jax.tree.map(jnp.ones_like, params)
+        state, masks = tx.init(params), jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
         kernels = sorted(params)
         for number in range(3 * EPOCHS):
             share = (number - EPOCHS) / EPOCHS
             if 0 <= share <= 1:
                 sizes = np.concatenate([np.abs(np.asarray(params[k]["kernel"])).ravel() for k in kernels])
-                sizes[np.concatenate([np.asarray(masks[k]["kernel"]).ravel() for k in kernels]) == 0] = -1
+                sizes[np.concatenate([np.asarray(masks[k]["kernel"]).ravel() for k in kernels]) == 0] = -1  # stays dead
                 level = sparsity * (1 - (1 - share) ** 3)
-                alive = np.ones(sizes.size, np.float32)
-                alive[np.argsort(sizes, kind="stable")[: round(level * sizes.size)]] = 0
+                alive = np.ones(sizes.size, bool)
+                alive[np.argsort(sizes, kind="stable")[: round(level * sizes.size)]] = False
                 for k in kernels:
                     here, alive = np.split(alive, [params[k]["kernel"].size])
                     masks[k]["kernel"] = jnp.asarray(here.reshape(params[k]["kernel"].shape))
-                params, moments = (jax.tree.map(jnp.multiply, t, masks) for t in (params, state[0].mu))
-                state = (state[0]._replace(mu=moments, nu=jax.tree.map(jnp.multiply, state[0].nu, masks)), *state[1:])
+                moments = {name: jax.tree.map(keep, masks, getattr(state[0], name)) for name in ("mu", "nu")}
+                state = (state[0]._replace(**moments), *state[1:])
             params, state = epoch(params, state, masks, *train, order[number * STEPS : (number + 1) * STEPS])
         found.append(_accuracy(params, test))
     return found
@@ -173,16 +182,15 @@ def measure() -> dict[str, Figure]:
         for i, sparsity in enumerate(SPARSITIES):
             ours = _trained(method(sparsity), drawn)
             theirs, spread = JAXPRUNER[name][i]
-            error = np.hypot(np.std(ours, ddof=1), spread) / np.sqrt(len(SEEDS))
+            error = np.hypot(np.std(ours, ddof=1) / np.sqrt(len(SEEDS)), spread / np.sqrt(THEIR_SEEDS))
             below = (theirs - np.mean(ours)) / error
             told = f"{name}, {sparsity:g}: {np.mean(ours):.2f} ± {np.std(ours, ddof=1):.2f} %"
             told += f", jaxpruner {theirs:.2f} ± {spread:.2f} %; below, in standard errors"
             found[told] = Figure(below, below, below)
             if name == BY_HAND:
-                apart += sum(a != b for a, b in zip(ours, _by_hand(sparsity, drawn), strict=True))
-    found[f"{BY_HAND}: seeds of {len(SEEDS) * len(SPARSITIES)} that differ from the same by hand"] = Figure(
-        apart, apart, apart
-    )
+                apart += sum(a != b for a, b in zip(ours, _by_hand(sparsity, drawn[:THEIR_SEEDS]), strict=False))
+    told = f"{BY_HAND}: of {THEIR_SEEDS * len(SPARSITIES)} networks, those that differ from the same by hand"
+    found[told] = Figure(apart, apart, apart)
     return found
 
 
