@@ -263,6 +263,45 @@ def report(name: RunArgument, store: StoreOption = "artifacts") -> None:
     sys.stdout.write(f"{write_report(Store(store), name)}\n")
 
 
+@app.command(
+    epilog="Examples:\n\n  prune-jax compare by-magnitude by-taylor\n\n  prune-jax compare comparison -o comparison.png"
+)
+def compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs to set side by side.", show_default=False)],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", help="The picture: .png, .svg or .pdf; left out, beside the first run's record."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Method that differences are taken from; left out, random, else dense.", show_default=False),
+    ] = None,
+    store: StoreOption = "artifacts",
+) -> None:
+    """Sets runs, and the methods within them, side by side: tables of means and paired differences, and a picture."""
+    from rich.console import Console
+
+    from prune_jax.checkpoints import Store
+    from prune_jax.report import write_comparison
+    from prune_jax.report.comparison import comparison_rich, merged, panels_of
+    from prune_jax.report.tables import primary_metric
+
+    artifacts, console = Store(store), Console()
+    record = merged([artifacts.record(name) for name in dict.fromkeys(names)])
+    panels, metric = panels_of(record, least=1), primary_metric(record)
+    if not panels:
+        raise UserMistake(
+            f"{', '.join(names)}: no pruned network was evaluated beside a dense one; see `prune-jax show`"
+        )
+    for panel in panels:
+        console.print(comparison_rich(panel, metric, panel.known(against)))
+    path = output or artifacts.record_path(names[0]).parent / "comparison.png"
+    write_comparison(panels, metric, path)
+    sys.stdout.write(f"{path}\n")
+
+
 def _escaped(text: str) -> str:
     from rich.markup import escape
 

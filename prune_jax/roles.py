@@ -24,8 +24,9 @@ def lineage(record: Mapping[str, Any], name: str) -> list[str]:
 def role_of(record: Mapping[str, Any], name: str) -> str:
     """What a network is beside the others, by the stages that it went through.
 
-    `dense`; `masked` or `compact`, at random where units were drawn by lot, and fine-tuned; `fresh`, a compact network
-    trained from its initialisation, which tells what its widths alone are worth; `dense, trained longer`.
+    `dense`; `masked` or `compact`, at random where units were drawn by lot, and fine-tuned, or trained from scratch
+    under its masks; `fresh`, a compact network trained from its initialisation, which tells what its widths alone are
+    worth; `dense, trained longer`.
     """
     stages = record.get("stages", {})
     told = record.get("results", {}).get(name, {}).get("kind", "")
@@ -42,7 +43,8 @@ def role_of(record: Mapping[str, Any], name: str) -> str:
         return "fresh"
     words = ["masked" if cut is None else "compact"]
     words += ["at random"] if any(_setting(record, n, "criterion") == "random" for n in line) else []
-    return ", ".join([*words, *(["fine-tuned"] if tuned else [])])
+    again = tuned and _setting(record, tuned[0], "rewind") == "initialisation"
+    return ", ".join([*words, *(["from scratch"] if again else ["fine-tuned"] if tuned else [])])
 
 
 def is_control(role: str) -> bool:
@@ -52,7 +54,11 @@ def is_control(role: str) -> bool:
 
 def _setting(record: Mapping[str, Any], name: str, word: str) -> Any:
     """What a stage's recipe says, with the value of its row; of a criterion its name."""
-    stage = record.get("recipe", {}).get("stages", {}).get(name.partition("[")[0], {})
+    recipe = record.get("recipe", {})
+    stage = recipe.get("stages", {}).get(name.partition("[")[0], {})
+    axes = [*(stage.get("matrix") or {}), *(recipe.get("matrix") or {})]
     row = record.get("stages", {}).get(name, {}).get("row") or {}
-    found = next((v for axis, v in row.items() if axis.rpartition(".")[2] == word), stage.get(word))
+    whole = {next((a for a in axes if f".{a}".endswith(f".{axis}")), axis): v for axis, v in row.items()}
+    ends = (f".{word}", f".{word}.name")
+    found = next((value for axis, value in whole.items() if f".{axis}".endswith(ends)), stage.get(word))
     return found.get("name") if isinstance(found, Mapping) and "name" in found else found

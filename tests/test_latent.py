@@ -101,6 +101,12 @@ def test_ste_trains_all_weights_through_the_largest(name):
         np.testing.assert_array_equal(np.asarray(params["out"]["kernel"])[~masks_of(state.masks)["out/kernel"]], 0)
 
 
+def test_ste_may_follow_a_schedule():
+    found = run(pj.ste(OPTIMIZERS["momentum"], sparsity=pj.cubic(0.0, 0.6, begin=1, end=5, every=2)), 7)
+    levels = [0.0, 0.0, 0.0, 0.6 * (1 - 0.5**3), 0.6 * (1 - 0.5**3), 0.6, 0.6]
+    assert [sum(living(state).values()) for _, state in found] == [64 - round(level * 64) for level in levels]
+
+
 @pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "momentum"))
 def test_surgery_prunes_below_one_threshold_and_splices_above_another(name):
     sizes = {path: abs(np.asarray(leaf)) for path, leaf in leaves_by_path(network()).items()}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_solve, solve_triangular
 
 from prune_jax.blocks import cut, join
 from prune_jax.criteria.entry import criterion
@@ -34,7 +33,7 @@ def surgeon(params: PyTree, stats: Statistics, masks: PyTree, *, block: int = 64
     def of_block(w: jax.Array, alive: jax.Array, F: jax.Array) -> jax.Array:
         F, _ = _normalised(F)
         pull = jnp.where(alive, F @ jnp.where(alive, 0, w), 0)
-        return jnp.where(alive, w + cho_solve((_factor(F, alive, dampening), True), pull), 0)
+        return jnp.where(alive, w + _inverse(F, alive, dampening) @ pull, 0)
 
     def of_leaf(w: jax.Array, alive: jax.Array, F: jax.Array) -> jax.Array:
         return join(_each(of_block, cut(w.astype(jnp.float32), block), cut(alive, block), F), w.shape).astype(w.dtype)
@@ -54,7 +53,7 @@ def woodfisher(params: PyTree, stats: Statistics, *, block: int = 64, dampening:
     """The rise of the loss when a weight is removed and the others make up for it: s = w^2 / (2 [F^-1]_ii).
 
     F is the empirical Fisher matrix of single examples' gradients, block by block; a block is up to `block` inputs of
-    one output, where the paper's are consecutive weights. F is summed and factored once: that holds as many numbers as
+    one output, where the paper's are consecutive weights. F is summed and inverted once: that holds as many numbers as
     the paper's recursion for F^-1 (Woodbury's), is the same in exact arithmetic, and loses fewer digits in float32.
     A weight that is exactly zero counts as pruned: it scores 0 and makes up for nothing. A unit of several weights
     scores the sum, as if each were removed alone.
@@ -64,7 +63,7 @@ def woodfisher(params: PyTree, stats: Statistics, *, block: int = 64, dampening:
         stats: `fisher_blocks`; weights x block x 4 bytes in all, and as much again of the gradients of a few examples.
         block: so many weights are in a block at most.
         dampening: added to the diagonal of F, as a share of the largest entry there in each block. The paper adds 1e-5
-            whatever the loss; a share leaves the ranks as they are when the loss is scaled, and F can be factored.
+            whatever the loss; a share leaves the ranks as they are when the loss is scaled, and F can be inverted.
 
     Returns:
         Scores shaped like `params`, float32, >= 0, in units of the loss (of its square, where it is no log-likelihood).
@@ -72,8 +71,7 @@ def woodfisher(params: PyTree, stats: Statistics, *, block: int = 64, dampening:
 
     def of_block(w: jax.Array, F: jax.Array) -> jax.Array:
         F, largest = _normalised(F)
-        inverse = solve_triangular(_factor(F, w != 0, dampening), jnp.eye(w.size), lower=True)
-        return 0.5 * largest * jnp.square(w) / jnp.sum(jnp.square(inverse), axis=0)  # the diagonal of L^-T L^-1
+        return 0.5 * largest * jnp.square(w) / jnp.diag(_inverse(F, w != 0, dampening))
 
     def of_leaf(w: jax.Array, F: jax.Array) -> jax.Array:
         return join(_each(of_block, cut(w.astype(jnp.float32), block), F), w.shape)
@@ -92,6 +90,19 @@ def _normalised(F: jax.Array) -> tuple[jax.Array, jax.Array]:
     return F / jnp.where(largest > 0, largest, 1), largest
 
 
-def _factor(F: jax.Array, alive: jax.Array, dampening: float) -> jax.Array:
-    """The Cholesky factor of the dampened F of what lives; what does not stands apart, with ones."""
-    return jnp.linalg.cholesky(jnp.where(jnp.outer(alive, alive), F, 0) + jnp.diag(jnp.where(alive, dampening, 1.0)))
+def _inverse(F: jax.Array, alive: jax.Array, dampening: float) -> jax.Array:
+    """(F + l I)^-1 of what lives, by Gauss-Jordan sweeps; what does not stands apart, with ones.
+
+    F + l I is positive definite, so that no pivot is small. Not by `jnp.linalg`: on CPU jaxlib 0.10 spreads a batch of
+    factorisations over the threads that run it, and as many batches at once as there are threads, as of two stages on
+    two cores, wait for one another for ever.
+    """
+    whole = jnp.where(jnp.outer(alive, alive), F, 0) + jnp.diag(jnp.where(alive, dampening, 1.0))
+
+    def sweep(k: jax.Array, A: jax.Array) -> jax.Array:
+        unit = jnp.arange(len(A)) == k
+        row = jnp.where(unit, 1, A[k]) / A[k, k]
+        column = jnp.where(unit, 0, A[:, k])
+        return jnp.where(unit[:, None], row, jnp.where(unit, 0, A) - jnp.outer(column, row))
+
+    return jax.lax.fori_loop(0, len(F), sweep, whole)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from etils import epath
 
     from prune_jax.checkpoints import Store
+    from prune_jax.report.comparison import Panel
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]
 
 
 def write_report(store: Store, name: str) -> epath.Path:
@@ -30,3 +33,28 @@ def write_report(store: Store, name: str) -> epath.Path:
     path = store.record_path(name).parent / "report.html"
     path.write_text(page(store, store.record(name)))
     return path
+
+
+def write_comparison(panels: Sequence[Panel], metric: str, path: str | epath.Path) -> None:
+    """Draws `comparison.panels_of` a run, or of several `comparison.merged`, into `path`: .png, .svg or .pdf.
+
+    Raises:
+        UserMistake: the picture cannot be of that kind, or cannot be written there.
+    """
+    from etils import epath
+
+    from prune_jax.errors import UserMistake
+    from prune_jax.report.charts import comparison_picture
+
+    target = epath.Path(path)
+    kinds = (".png", ".svg", ".pdf")
+    if target.suffix not in kinds:
+        raise UserMistake(
+            f"--output {path}: a picture of kind {target.suffix or 'none'!r} (allowed: {', '.join(kinds)})"
+        )
+    try:
+        target.write_bytes(comparison_picture(panels, metric, target.suffix[1:]))
+    except OSError as error:
+        raise UserMistake(
+            f"--output {path}: cannot be written ({error.strerror}); name a file in a folder that is there"
+        ) from None

@@ -9,7 +9,8 @@ import io
 import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import matplotlib
@@ -18,7 +19,10 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from prune_jax.report.comparison import DENSE as DENSE_LABEL
+from prune_jax.report.comparison import Panel
 from prune_jax.report.facts import Histogram, LossPanel, Series
+from prune_jax.roles import LONGER
 
 DRAWING = threading.Lock()  # matplotlib reads its settings for SVG from the process
 COLOURS = 9  # of pruned networks; page.css has as many
@@ -26,6 +30,11 @@ INK, MUTED, GRID, SURFACE, DENSE = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface", DENSE: "dense"}
 VARIABLES |= {f"#0a0b1{i}": f"c{i}" for i in range(COLOURS)}
 MARKS = "osD^vP"
+RATIOS = {
+    "compression": "compression: dense weights / weights left",
+    "speedup": "speedup in theory: dense MACs / MACs left",
+}
+PAGE_CSS = resources.files("prune_jax.report") / "page.css"
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # to measure with: it is wide, so what fits in it fits in any
@@ -140,6 +149,93 @@ def controls_chart(series: Sequence[Series], metric: str, *, width: int, height:
 
     names = ", ".join(s.label for s in series)
     return _svg(draw, f"controls {width}", f"{metric} against MACs of {names}", width, height)
+
+
+def comparison_chart(panel: Panel, metric: str, *, width: int, height: int, down: bool) -> Markup:
+    """The metric against compression and against the reduction of MACs, side by side or one below the other."""
+
+    def draw(figure: Figure) -> None:
+        _compare(panel, metric, figure.subplots(2, 1) if down else figure.subplots(1, 2, sharey=True), colours)
+
+    colours = curve_colours([panel])
+    told = f"{metric} against compression and speedup of {', '.join(panel.curves)}"
+    return _svg(draw, f"comparison {panel.title} {width}", told, width, height)
+
+
+def comparison_picture(panels: Sequence[Panel], metric: str, format: str) -> bytes:
+    """The same as a picture of its own, a row for each panel: a file of format `png`, `svg` or `pdf`."""
+    palette = dict(re.findall(r"--(\w+): (#\w{6})", PAGE_CSS.read_text("utf-8").partition("@media")[0]))
+    light = {sentinel: palette[name] for sentinel, name in VARIABLES.items()}
+    settings = {k: light.get(v, v) if isinstance(v, str) else v for k, v in SETTINGS.items()}
+    colours = {label: light[ink] for label, ink in curve_colours(panels).items()}
+    with DRAWING, matplotlib.rc_context({**settings, "figure.facecolor": "white"}):
+        figure = Figure(figsize=(13, 4.2 * len(panels) + 0.6), layout="constrained")
+        rows = figure.subplots(len(panels), 2, sharey="row", squeeze=False)
+        for panel, axes in zip(panels, rows, strict=True):
+            _compare(panel, metric, axes, colours, light)
+            axes[0].set_title(panel.title, loc="left", weight="bold")
+        handles = {h.get_label(): h for axes in rows[:, 0] for h in axes.get_legend_handles_labels()[0]}
+        figure.legend(
+            handles=list(handles.values()), loc="outside lower center", ncols=min(9, len(handles)), frameon=False
+        )
+        file = io.BytesIO()
+        figure.savefig(file, format=format, dpi=110)
+    return file.getvalue()
+
+
+def legend_of(panel: Panel) -> list[tuple[str, str]]:
+    """(label, CSS variable) of each method, for the page's legend."""
+    return [(label, VARIABLES[ink]) for label, ink in curve_colours([panel]).items()]
+
+
+def curve_colours(panels: Sequence[Panel]) -> dict[str, str]:
+    """The sentinel of each method's colour; the dense network's is grey."""
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))
+    return {DENSE_LABEL: DENSE, **{label: colour(i) for i, label in enumerate(labels)}}
+
+
+def _compare(
+    panel: Panel, metric: str, axes: Sequence[Axes], colours: Mapping[str, str], light: Mapping[str, str] | None = None
+) -> None:
+    """Draws one panel: means, a band of one standard deviation, the dense networks as lines across."""
+    paint = light or {ink: ink for ink in VARIABLES}
+    for one, ratio, across in zip(axes, RATIOS, RATIOS.values(), strict=True):
+        one.grid(axis="y", lw=0.8)
+        one.set_axisbelow(True)
+        one.spines[["top", "right", "left"]].set_visible(False)
+        one.tick_params(length=0, pad=5)
+        for place, style, label in ((panel.dense, "-", DENSE_LABEL), (panel.longer, (0, (4, 3)), LONGER)):
+            if place:
+                one.axhline(place.mean, color=colours[DENSE_LABEL], lw=1.4, ls=style, zorder=1, label=label)
+        for number, (label, places) in enumerate(panel.curves.items()):
+            x, y = [p.ratio(ratio) for p in places], np.array([p.mean for p in places])
+            spread = np.array([p.deviation for p in places])
+            ink, mark = colours[label], MARKS[number % len(MARKS)]
+            style = (0, (4, 3)) if label in panel.controls else "-"
+            one.plot(
+                x, y, color=ink, marker=mark, ms=6, mec=paint[SURFACE], mew=0.8, lw=1.8, ls=style, zorder=3, label=label
+            )
+            if spread.any():
+                one.fill_between(x, y - spread, y + spread, color=ink, alpha=0.14, lw=0, zorder=2)
+        if metric == "accuracy":
+            _accuracy_axis(one, [p.mean for places in panel.curves.values() for p in places] + [panel.dense.mean])
+        one.set_xscale("log")
+        ratios = [p.ratio(ratio) for places in panel.curves.values() for p in places]
+        ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if min(ratios) / 1.5 <= t <= 1.5 * max(ratios)]
+        one.set_xticks(ticks, [f"×{t}" for t in ticks])
+        one.minorticks_off()
+        one.set_xlabel(across)
+    axes[0].set_ylabel(metric)
+
+
+def _accuracy_axis(axes: Axes, values: Sequence[float]) -> None:
+    """On a log scale of what is wrong, so that 95 and 99 % stand apart."""
+    axes.set_yscale("function", functions=(_pulled_apart, lambda z: 1 - np.exp(-np.asarray(z))))
+    low, high = min(values), min(max(values), 0.9995)
+    ticks = [t for t in (0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999) if low - 0.1 <= t]
+    ticks = [t for t in ticks if t <= 1 - (1 - high) / 1.3]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
 
 
 def histogram_chart(layer: Histogram, dense: str | None, networks: Sequence[str]) -> Markup:

@@ -107,16 +107,21 @@ def words_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def group_of(name: str, row: Mapping[str, Any], *, siblings: Iterable[str]) -> str:
     """What a network is called beside others: its stage if they differ in it, and its row but for sparsity and seed."""
-    words = [f"{k}={_word(v)}" for k, v in words_of(row).items() if k not in {"sparsity", "seed"}]
+    words = [f"{k}={word(v)}" for k, v in words_of(row).items() if k not in {"sparsity", "seed"}]
     if not words or len({base_name(s) for s in siblings}) > 1:
         words.insert(0, base_name(name))
     return ", ".join(words)
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """A value of a matrix's axis as one word.
+
+    >>> word({"name": "pgd", "steps": 3}), word([300, 100]), word("taylor")
+    ('pgd+3', '300-100', 'taylor')
+    """
     if isinstance(value, Mapping):
-        return "+".join(_word(v) for v in value.values())
-    return "-".join(map(_word, value)) if isinstance(value, list) else str(value)
+        return "+".join(word(v) for v in value.values())
+    return "-".join(map(word, value)) if isinstance(value, list) else str(value)
 
 
 def dense_params(record: Record, name: str) -> int | None:
@@ -279,7 +284,7 @@ def controls_of(record: Record) -> list[Series]:
         if metric not in result or not dense or (name in used and roles[name] != "dense"):
             continue
         row = words_of(result.get("row") or {})
-        told = [f"{k}={_word(v)}" for k, v in row.items() if k not in {"sparsity", "seed", "criterion"}]
+        told = [f"{k}={word(v)}" for k, v in row.items() if k not in {"sparsity", "seed", "criterion"}]
         share = result["effective_macs"] / max(1, results[dense]["macs"])
         label = ", ".join([roles[name] or base_name(name), *told])
         found.setdefault(label, {}).setdefault(row.get("sparsity"), []).append((share, result[metric]))
@@ -341,7 +346,7 @@ def best_of(record: Record) -> dict[str, Any] | None:
     found: list[dict[str, Any]] = []
     extent, bases = extents(record), list(dict.fromkeys(base for base, _ in groups))
     for (base, _), names in groups.items():
-        words = [f"{k}={_word(v)}" for k, v in words_of(results[names[0]].get("row") or {}).items() if k != "seed"]
+        words = [f"{k}={word(v)}" for k, v in words_of(results[names[0]].get("row") or {}).items() if k != "seed"]
         pairs = [(results[n][metric], results[d][metric]) for n in names if (d := dense_of(record, n))]
         value = fmean(results[n][metric] for n in names)
         found.append(

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from prune_jax.checkpoints import Store
-from prune_jax.report import charts, dag, facts, network, tables
+from prune_jax.report import charts, comparison, dag, facts, network, tables
 from prune_jax.report.tables import Record
 from prune_jax.roles import LONGER, lineage
 
@@ -45,6 +45,7 @@ def page(store: Store, record: Record) -> str:
         notes=sorted({n for r in record["results"].values() for n in r.get("notes", [])}),
         sparsity=_sparsity(store, record),
         controls=_controls(record),
+        comparisons=_comparisons(record),
         layers=layers(record),
         drawn=drawings(store, record),
         widths=widths(store, record),
@@ -239,6 +240,22 @@ def _controls(record: Record) -> dict[str, Any] | None:
         ],
         "seeds": any(p.high > p.low for s in series for p in s.tests),
     }
+
+
+def _comparisons(record: Record) -> list[dict[str, Any]]:
+    metric = tables.primary_metric(record)
+    return [
+        {
+            "panel": panel,
+            "metric": metric,
+            "wide": charts.comparison_chart(panel, metric, width=960, height=360, down=False),
+            "narrow": charts.comparison_chart(panel, metric, width=340, height=520, down=True),
+            "legend": charts.legend_of(panel),
+            "dense": [(n, p) for n, p in ((comparison.DENSE, panel.dense), (LONGER, panel.longer)) if p],
+            "rows": comparison.rows_of(panel, panel.reference),
+        }
+        for panel in comparison.panels_of(record)
+    ]
 
 
 def _floor(record: Record, metric: str) -> float | None:

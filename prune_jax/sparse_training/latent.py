@@ -30,7 +30,7 @@ from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 def ste(
     inner: optax.GradientTransformation,
     *,
-    sparsity: float,
+    sparsity: float | Levels,
     scope: str = "global",
     prunable: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
@@ -43,7 +43,8 @@ def ste(
 
     Args:
         inner: any optimizer.
-        sparsity: fraction that is dead, in [0, 1), of the prunable weights, from the first step on.
+        sparsity: fraction that is dead, in [0, 1), of the prunable weights, from the first step on; or a schedule, such
+            as `pj.cubic(0.0, 0.9, begin=100, end=1000)`.
         scope: within which set weights compete: `global`, `layer`, `erk`.
         prunable: patterns of the leaves that may be pruned; left out, floating leaves of two axes or more.
         exclude: patterns of leaves that stay dense.
@@ -52,17 +53,17 @@ def ste(
     Returns:
         A transformation whose state is a `SparseState`; it stands outermost in a chain.
     """
-    level = Levels((0,), (sparsity,))
+    levels = sparsity if isinstance(sparsity, Levels) else Levels((0,), (sparsity,))
 
-    def largest(params: PyTree, masks: PyTree) -> PyTree:
-        pools = table(masks, level, scope, min_keep).pools(jnp.zeros((), jnp.int32))
+    def largest(params: PyTree, masks: PyTree, step: jax.Array) -> PyTree:
+        pools = table(masks, levels, scope, min_keep).pools(step)
         return choose(_sizes(of_masked(params, masks)), pools, min_keep=min_keep)
 
     return _latent(
         inner,
-        start=lambda params: largest(params, dense_masks(params, prunable, exclude)),
+        start=lambda params: largest(params, dense_masks(params, prunable, exclude), jnp.zeros((), jnp.int32)),
         due=lambda masks, step: jnp.ones((), bool),
-        change=lambda step, masks, params, notes: largest(params, masks),
+        change=lambda step, masks, params, notes: largest(params, masks, step),
     )
 
 

@@ -34,6 +34,7 @@ BOUNDS: dict[str, dict[str, float | None]] = {
     "masked_step": {"*dense step / dense step": None, "*": 1.05},
     "scoring": {"*plain again*": None, "*fisher pass / gradient pass": None, "*": 1.1},
     "selection": {"*": None},
+    "digits": {"*by hand": 0, "*": 1},
     "compaction": {
         "analysis of ViT-B*": 2.7,
         "analysis of a ViT of 1.0 G*": 30,
