@@ -323,6 +323,7 @@ def _step(net, *, batch_size=9, devices=1, sparse=False):
         "classification",
         ADAM,
         steps=12,
+        begin=0,
         per_epoch=6,
         batch_size=batch_size,
         l1=0.0,
@@ -331,6 +332,8 @@ def _step(net, *, batch_size=9, devices=1, sparse=False):
         gathered=True,
         devices=devices,
         sparsify=None,
+        teacher=None,
+        lesson=None,
     )
 
 
