@@ -9,8 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prune_jax.bias_correction import correct_bias
     from prune_jax.compaction import trace
     from prune_jax.costs import Cost, cost
+    from prune_jax.distillation import distilled
     from prune_jax.launch import run
     from prune_jax.masks import apply_masks
     from prune_jax.perturbation import perturbed
@@ -34,8 +36,10 @@ _HOME = {
     "ac_dc": "prune_jax.sparse_training",
     "apply_masks": "prune_jax.masks",
     "compensate": "prune_jax.scoring",
+    "correct_bias": "prune_jax.bias_correction",
     "cost": "prune_jax.costs",
     "cubic": "prune_jax.schedules",
+    "distilled": "prune_jax.distillation",
     "gradual": "prune_jax.sparse_training",
     "mask": "prune_jax.scoring",
     "masked": "prune_jax.sparse_training",
@@ -57,8 +61,10 @@ __all__ = [
     "ac_dc",
     "apply_masks",
     "compensate",
+    "correct_bias",
     "cost",
     "cubic",
+    "distilled",
     "gradual",
     "mask",
     "masked",

@@ -60,10 +60,37 @@ PERTURBATIONS = {
     "pgd": ("such steps of 2.5 ε / steps, held within ε of x", "Madry et al. 2018, arXiv:1706.06083"),
     "gaussian": ("x + ε n, n ~ N(0, 1)", "Sehwag et al. 2020, arXiv:2002.10509: pruning for robustness"),
 }
+RECOVERY = {
+    "finetune": ("w trained on under its masks: pruned weights and their moments stay zero", "Han et al. 2015"),
+    "rewind: {step: n}, initialisation": (
+        "w of step n under the masks, trained anew",
+        "Frankle & Carbin 2019, arXiv:1803.03635; Frankle et al. 2020, arXiv:1912.05671",
+    ),
+    "rewind: {learning_rate: {step: n}}": (
+        "w stays; the training's learning rates of steps n..N again",
+        "Renda et al. 2020, arXiv:2003.02389",
+    ),
+    "distill": (
+        "(1 - α) L + α T² KL(softmax(v / T) || softmax(z / T)), v of the teacher; α is `soft`; numbers: mean (z - v)²",
+        "Hinton et al. 2015, arXiv:1503.02531",
+    ),
+    "distill, features": (
+        "+ λ mean (x - x')² of what a kernel sees in student and teacher",
+        "Romero et al. 2015, arXiv:1412.6550",
+    ),
+    "correct_bias_batches": (
+        "b + E[v] - E[v'], v and v' what b is added to before and after pruning",
+        "Nagel et al. 2019, arXiv:1906.04721",
+    ),
+    "reestimate_batches": (
+        "batch norm's mean and variance anew, averaged over batches",
+        "Li et al. 2020, arXiv:2007.02491; Wu & Johnson 2021, arXiv:2105.07576",
+    ),
+}
 
 
 def methods_tables() -> Iterator[Table]:
-    """One table each for criteria, perturbations, granularities, scopes, targets, schedules and training methods."""
+    """One table each for criteria, perturbations, granularities, scopes, targets, schedules, training and recovery."""
     table = _table("criterion", "score (the lowest dies first)", "needs", "granularity", "paper")
     for name in CRITERIA:
         entry = CRITERIA[name]
@@ -93,6 +120,10 @@ def methods_tables() -> Iterator[Table]:
     table = _table("sparsify", "while it trains", "paper")
     for name in METHODS:
         table.add_row(name, escape(METHODS[name].formula), METHODS[name].paper)
+    yield table
+    table = _table("recovery", "after units or weights died", "paper")
+    for name, (formula, paper) in RECOVERY.items():
+        table.add_row(name, escape(formula), paper)
     yield table
 
 

@@ -280,6 +280,17 @@ EXACT = [
     ("stages/prune/finetune", {}, "stages.prune.finetune: needs exactly one of epochs, steps"),
     (
         "stages/prune/finetune",
+        {"rewind": {"learning_rate": {"step": 1}}, "epochs": 3},
+        "stages.prune.finetune.epochs = 3: is the training's own where `rewind` repeats its learning rates; leave it "
+        "out",
+    ),
+    (
+        "stages/prune/finetune",
+        {"rewind": {"learning_rate": {"step": 1}, "step": 1}},
+        "stages.prune.finetune.rewind.learning_rate: one of step, learning_rate is needed, and no more than one",
+    ),
+    (
+        "stages/prune/finetune",
         {"epochs": 1, "steps": 2},
         "stages.prune.finetune: needs exactly one of epochs, steps",
     ),

@@ -254,7 +254,8 @@ class Rewind(Frozen):
     @model_validator(mode="after")
     def _one(self) -> Rewind:
         if (self.step is None) == (self.learning_rate is None):
-            raise ValueError("needs exactly one of step, learning_rate")
+            word = "learning_rate" if self.learning_rate else "step"
+            raise mistake(word, "one of step, learning_rate is needed, and no more than one")
         return self
 
 
