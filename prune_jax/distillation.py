@@ -168,7 +168,7 @@ def _difference(path: str, student: Reading, teacher: Reading, columns: Sequence
 
 
 def distilled(
-    loss: Callable[[PyTree, Any], jax.Array],
+    loss: Callable[[Any, Any], jax.Array],
     apply: Callable[..., jax.Array],
     teacher: Callable[..., jax.Array],
     teacher_params: PyTree,
@@ -178,13 +178,14 @@ def distilled(
     features: Mapping[str, float] | None = None,
     columns: Columns | None = None,
 ) -> Callable[[PyTree, Any], jax.Array]:
-    """A loss that learns from the labels and from a teacher: `(1 - soft) loss + soft soft_loss + features`.
+    """A loss that heeds labels and a teacher: `(1 - soft) mean(loss) + soft mean(soft_loss) + sum(feature_losses)`.
 
     The answer is a pytree that holds the teacher's weights: handed to a jitted function as an argument, they are its
-    inputs and no constants. The student's forward pass stands in it twice, which XLA computes once.
+    inputs and no constants, and another teacher compiles nothing. With features the student is differentiated once
+    more, up to them.
 
     Args:
-        loss: `(params, batch) -> scalar`, against the labels.
+        loss: `(outputs, batch) -> scalar or [batch]`, against the labels.
         apply: `(params, *inputs) -> outputs` of the student; the inputs are the batch's `x`, and `lengths` if any.
         teacher: the same of the teacher, such as the dense network's.
         teacher_params: the teacher's weights.
@@ -196,9 +197,12 @@ def distilled(
     Returns:
         `(params, batch) -> scalar`, float32.
 
+    Raises:
+        UserMistake: a number is out of its range, or, when it is called, student and teacher do not fit.
+
     >>> student, teacher = {"w": jnp.zeros((1, 2))}, {"w": jnp.array([[4.0, 0.0]])}
     >>> apply, batch = lambda p, x: x @ p["w"], {"x": jnp.ones((1, 1))}
-    >>> far = distilled(lambda p, b: jnp.float32(0), apply, apply, teacher, soft=1.0)
+    >>> far = distilled(lambda outputs, batch: jnp.float32(0), apply, apply, teacher, soft=1.0)
     >>> f"{far(student, batch):.4f}"  # 16 KL((0.731, 0.269) || (0.5, 0.5))
     '1.7751'
     """
@@ -207,21 +211,22 @@ def distilled(
     if temperature is not None and not temperature > 0:
         raise UserMistake(f"temperature = {temperature}: must be above 0")
     lesson = Lesson(temperature, soft, tuple((features or {}).items()))
-    return jax.tree_util.Partial(_taught(loss, apply, teacher, lesson), teacher_params, columns)
+    return jax.tree_util.Partial(_heeding(loss, apply, teacher, lesson), teacher_params, columns)
 
 
 @lru_cache(maxsize=64)
-def _taught(
-    loss: Callable[[PyTree, Any], jax.Array], apply: Callable[..., Any], teacher: Callable[..., Any], lesson: Lesson
+def _heeding(
+    loss: Callable[[Any, Any], jax.Array], apply: Callable[..., Any], teacher: Callable[..., Any], lesson: Lesson
 ) -> Callable[..., jax.Array]:
     """The same function for the same parts, so that what is jitted compiles once."""
 
-    def both(teacher_params: PyTree, columns: Columns | None, params: PyTree, batch: Any) -> jax.Array:
+    def total(teacher_params: PyTree, columns: Columns | None, params: PyTree, batch: Any) -> jax.Array:
         inputs = inputs_of(batch)
 
         def seen() -> tuple[Seen, Seen]:
             return kernels_seen(apply, params, *inputs), kernels_seen(teacher, teacher_params, *inputs)
 
-        return lesson.loss(loss(params, batch), apply(params, *inputs), teacher(teacher_params, *inputs), seen, columns)
+        outputs = apply(params, *inputs)
+        return lesson.loss(jnp.mean(loss(outputs, batch)), outputs, teacher(teacher_params, *inputs), seen, columns)
 
-    return both
+    return total

@@ -80,8 +80,8 @@ def weights(seed, width=6):
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def mean_cross_entropy(params, batch):
-    return optax.softmax_cross_entropy_with_integer_labels(mlp(params, batch["x"]), batch["y"]).mean()
+def cross_entropies(outputs, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"])
 
 
 BATCH = {"x": np.random.default_rng(1).normal(size=(7, 3)).astype(np.float32), "y": np.arange(7) % 4}
@@ -93,9 +93,7 @@ def hidden_by_hand(params):
 
 def test_a_distilled_loss_is_that_by_hand_and_holds_the_teacher_as_an_argument():
     student, teacher = weights(0), weights(1)
-    loss = pj.distilled(
-        mean_cross_entropy, mlp, mlp, teacher, temperature=2.0, soft=0.7, features={"c": 0.5, "[ac]": 2.0}
-    )
+    loss = pj.distilled(cross_entropies, mlp, mlp, teacher, temperature=2.0, soft=0.7, features={"c": 0.5, "[ac]": 2.0})
     z, v = (hidden_by_hand(p) @ p["c"] for p in (student, teacher))
     hard = -np.log(softmax(z)[np.arange(7), BATCH["y"]]).mean()
     features = 0.5 * ((hidden_by_hand(student) - hidden_by_hand(teacher)) ** 2).mean()  # a sees the same x in both
@@ -104,15 +102,15 @@ def test_a_distilled_loss_is_that_by_hand_and_holds_the_teacher_as_an_argument()
     np.testing.assert_allclose(jitted(loss, student, BATCH), expected, rtol=1e-5)
     assert not jax.make_jaxpr(jitted)(loss, student, BATCH).jaxpr.constvars
     again = pj.distilled(
-        mean_cross_entropy, mlp, mlp, weights(2), temperature=2.0, soft=0.7, features={"c": 0.5, "[ac]": 2.0}
+        cross_entropies, mlp, mlp, weights(2), temperature=2.0, soft=0.7, features={"c": 0.5, "[ac]": 2.0}
     )
     with compilations() as seconds:
         assert float(jitted(again, student, BATCH)) != float(jitted(loss, student, BATCH))
     assert not seconds
     with pytest.raises(UserMistake, match=r"soft = 1\.5: must be from 0"):
-        pj.distilled(mean_cross_entropy, mlp, mlp, teacher, soft=1.5)
+        pj.distilled(cross_entropies, mlp, mlp, teacher, soft=1.5)
     with pytest.raises(UserMistake, match="temperature = 0"):
-        pj.distilled(mean_cross_entropy, mlp, mlp, teacher, temperature=0)
+        pj.distilled(cross_entropies, mlp, mlp, teacher, temperature=0)
 
 
 def test_features_of_a_compact_student_are_the_teachers_units_that_it_has():
@@ -166,6 +164,18 @@ def test_without_a_share_of_the_teacher_it_is_the_plain_training_to_the_bit():
     same(taught.losses, plain.losses)
 
 
+def test_a_step_heeds_labels_and_teacher_in_their_shares():
+    net = network("linear", bias=True)
+    found = train(net, steps=1, teacher=teacher_for(net, soft=0.6, temperature=3.0)).losses
+    rows = np.random.default_rng([0, 0]).permutation(54)[:9]
+    x, y = data()["x"][rows], data()["y"][rows]
+    layers = [start(net, seed).params["output"] for seed in (0, 7)]
+    z, v = (x @ layer["kernel"] + layer["bias"] for layer in layers)
+    hard = -np.log(softmax(z)[np.arange(9), y]).mean()
+    np.testing.assert_allclose(found, [0.4 * hard + 0.6 * by_hand(z, v, 3.0).mean()], rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_it_is_the_training_that_optax_does():
     """Batch statistics are the student's alone."""
     net, steps = network(widths=[16], batch_norm=True), 4
