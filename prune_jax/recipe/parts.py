@@ -284,7 +284,8 @@ class Recovery(Frozen):
     @model_validator(mode="after")
     def _one_length(self) -> Recovery:
         if self.repeated_from is not None:
-            if given := [name for name in ("optimizer", "epochs", "steps") if name in self.model_fields_set]:
+            own = {name: Recovery.model_fields[name].default for name in ("optimizer", "epochs", "steps")}
+            if given := [name for name, default in own.items() if getattr(self, name) != default]:
                 raise mistake(given[0], "is the training's own where `rewind` repeats its learning rates; leave it out")
         elif (self.epochs is None) == (self.steps is None):
             raise ValueError("needs exactly one of epochs, steps")
