@@ -9,8 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prune_jax.bias_correction import correct_bias
     from prune_jax.compaction import trace
     from prune_jax.costs import Cost, cost
+    from prune_jax.distillation import distilled
     from prune_jax.launch import run
     from prune_jax.masks import apply_masks
     from prune_jax.order import ends
@@ -35,8 +37,10 @@ _HOME = {
     "ac_dc": "prune_jax.sparse_training",
     "apply_masks": "prune_jax.masks",
     "compensate": "prune_jax.scoring",
+    "correct_bias": "prune_jax.bias_correction",
     "cost": "prune_jax.costs",
     "cubic": "prune_jax.schedules",
+    "distilled": "prune_jax.distillation",
     "ends": "prune_jax.order",
     "gradual": "prune_jax.sparse_training",
     "mask": "prune_jax.scoring",
@@ -59,8 +63,10 @@ __all__ = [
     "ac_dc",
     "apply_masks",
     "compensate",
+    "correct_bias",
     "cost",
     "cubic",
+    "distilled",
     "ends",
     "gradual",
     "mask",

@@ -1,4 +1,4 @@
-"""What kernels see: the values that each parameter is multiplied with, in any JAX function.
+"""What kernels see: the values that each parameter is multiplied with, or added to, in any JAX function.
 
 The function is evaluated equation by equation. On the way each parameter is followed through moves of its elements
 (casts, transpositions, reshapes) to the products in which it is the kernel; the other operand is what it sees.
@@ -56,12 +56,13 @@ class Reading:
         """Whether the sum goes over this whole axis of the parameter."""
         return math.prod(p.size for p in self._parts() if p.axis == axis) == self.shape[axis] > 1
 
-    def along(self, axis: int) -> jax.Array:
-        """The values by the index of an axis of the parameter that is summed over, `[everything else, size]`."""
+    def along(self, *axes: int) -> jax.Array:
+        """The values by the indices of axes of the parameter that are summed over, `[everything else, *sizes]`."""
         parts = self._parts()
-        mine = [i for i, part in enumerate(parts) if part.axis == axis]
-        order = [i for i in range(len(parts)) if i not in mine] + sorted(mine, key=lambda i: -parts[i].stride)
-        return self.values.reshape([p.size for p in parts]).transpose(order).reshape(-1, self.shape[axis])
+        mine = [sorted((i for i, p in enumerate(parts) if p.axis == d), key=lambda i: -parts[i].stride) for d in axes]
+        order = [i for i, part in enumerate(parts) if part.axis not in axes] + [i for places in mine for i in places]
+        sizes = [self.shape[d] for d in axes]
+        return self.values.reshape([p.size for p in parts]).transpose(order).reshape(-1, *sizes)
 
     def squares(self) -> jax.Array:
         """The sum of the squares of all values that each weight is multiplied with, float32, shaped like the parameter.
@@ -75,16 +76,42 @@ class Reading:
         return tuple(part for parts in self.axes for part in parts)
 
 
+@dataclass(frozen=True)
+class Addition:
+    """A parameter added to what is made of the inputs, as a bias is.
+
+    Attributes:
+        path: of the parameter.
+        kernels: paths of the parameters whose products the values are, but for additions, moves and fixed factors.
+        values: what it is added to.
+    """
+
+    path: str
+    kernels: frozenset[str]
+    values: jax.Array
+    _back: Callable[[jax.Array], jax.Array] = field(repr=False, compare=False)
+
+    def sums(self) -> jax.Array:
+        """The sum of all values that each element of the parameter is added to, float32, shaped like the parameter."""
+        return self._back(self.values.astype(jnp.float32))
+
+    def counts(self) -> jax.Array:
+        """How many values each element is added to, float32, shaped like the parameter."""
+        return self._back(jnp.ones(self.values.shape, jnp.float32))
+
+
 class Captured(NamedTuple):
     """What came by while a function was evaluated.
 
     Attributes:
         readings: products in which a parameter is the kernel, in the order of evaluation.
+        additions: of parameters to what is made of the inputs, in the order of evaluation.
         unseen: path -> the primitive in which a parameter was lost sight of, if it was read nowhere.
         at: what goes into the equations at the places that were asked for, and what comes out of them.
     """
 
     readings: tuple[Reading, ...]
+    additions: tuple[Addition, ...]
     unseen: Mapping[str, str]
     at: Mapping[Place, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]
 
@@ -114,7 +141,7 @@ def capture(apply: Callable[..., Any], params: PyTree, *inputs: Any, places: Ite
     walk.run(function.closed.jaxpr, function.closed.consts, values, ())
     read = {reading.path for reading in walk.readings}
     unseen = {path: name for path, name in walk.unseen.items() if path not in read}
-    return Captured(tuple(walk.readings), unseen, walk.at)
+    return Captured(tuple(walk.readings), tuple(walk.additions), unseen, walk.at)
 
 
 def struct(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -159,12 +186,14 @@ class _Value(NamedTuple):
     array: Any
     made_of: int = _CONSTANT
     view: _View | None = None
+    kernels: frozenset[str] = frozenset()  # whose products it is, but for additions, moves and fixed factors
 
 
 @dataclass
 class _Walk:
     places: frozenset[Place]
     readings: list[Reading] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
     unseen: dict[str, str] = field(default_factory=dict)
     at: dict[Place, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]] = field(default_factory=dict)
 
@@ -184,7 +213,8 @@ class _Walk:
     def _equation(self, eqn: JaxprEqn, operands: list[_Value], place: Place | None) -> list[_Value]:
         name = eqn.primitive.name
         held = eqn.params.get(CALLS.get(name) or DERIVATIVES.get(name, ""))
-        if held is not None:
+        viewed = [i for i, operand in enumerate(operands) if operand.view is not None]
+        if held is not None and (name in CALLS or viewed):  # without a parameter in it, its derivative stays its own
             body, consts = (held.jaxpr, held.consts) if isinstance(held, ClosedJaxpr) else (held, ())
             return self.run(body, consts, operands, place if name in CALLS else None)
         made = bind(eqn, [operand.array for operand in operands])
@@ -192,18 +222,42 @@ class _Walk:
         if place in self.places:
             self.at[place] = (tuple(operand.array for operand in operands), arrays)
         made_of = max((operand.made_of for operand in operands), default=_CONSTANT)
-        viewed = [i for i, operand in enumerate(operands) if operand.view is not None]
         if viewed == [0] and name in _MOVES:
             views = _MOVES[name](eqn, operands)
             return [_Value(array, made_of, view) for array, view in zip(arrays, views, strict=True)]
         reading = None
         if len(viewed) == 1 and name in _READ and not _is_weight(operands, viewed[0]):
             reading = _READ[name](eqn, operands, viewed[0])
+        kernels = _kernels(name, operands)
         if reading is not None:
             self.readings.append(reading)
+            kernels = frozenset({reading.path})
         else:
             self.unseen |= {view.path: name for view in (operands[i].view for i in viewed) if view is not None}
-        return [_Value(array, made_of) for array in arrays]
+        if name in _ADDS and len(viewed) == 1 and operands[1 - viewed[0]].made_of == _DATA:
+            self.additions.append(_addition(operands[viewed[0]], operands[1 - viewed[0]], made.shape))
+        return [_Value(array, made_of, None, kernels) for array in arrays]
+
+
+def _addition(bias: _Value, to: _Value, shape: tuple[int, ...]) -> Addition:
+    view = bias.view
+    assert view is not None
+    own = np.shape(bias.array)  # an equation repeats scalars and axes of one index
+    repeated = tuple(d for d, size in enumerate(shape) if own and own[d] < size)
+
+    def back(values: jax.Array) -> jax.Array:
+        return view.back(jnp.sum(values, axis=repeated, keepdims=True) if own else jnp.sum(values))
+
+    return Addition(view.path, to.kernels, jnp.broadcast_to(to.array, shape), back)
+
+
+def _kernels(name: str, operands: Sequence[_Value]) -> frozenset[str]:
+    """Whose products come out of an equation that is linear in what is made of the inputs; none of others."""
+    data = [operand.made_of == _DATA for operand in operands]
+    factor = (name == "mul" and sum(data) == 1) or (name == "div" and data == [True, False])
+    if not factor and name not in _LINEAR:
+        return frozenset()
+    return frozenset().union(*(operand.kernels for operand in operands))
 
 
 def _is_weight(operands: Sequence[_Value], kernel: int) -> bool:
@@ -306,6 +360,9 @@ _MOVES: dict[str, Callable[[JaxprEqn, list[_Value]], Views]] = {
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
 }
+
+_ADDS = ("add", "add_any")
+_LINEAR = (*_MOVES, *_ADDS, "sub", "neg", "concatenate", "pad", "reduce_sum")
 
 
 def _shape(atom: Any) -> tuple[int, ...]:

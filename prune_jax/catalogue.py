@@ -14,7 +14,7 @@ from prune_jax.criteria.entry import FAMILY_ORDER
 from prune_jax.errors import UserMistake
 from prune_jax.notation import FAMILIES, listed
 from prune_jax.recipe import BUILT_IN_METHODS
-from prune_jax.recipe.parts import Iterative, OneShot, Perturbation
+from prune_jax.recipe.parts import Iterative, OneShot, Perturbation, Teaching
 from prune_jax.sparse_training import METHODS
 from prune_jax.sparse_training import find as find_method
 
@@ -102,6 +102,43 @@ PERTURBATIONS = {
     "pgd": ("", "such steps of 2.5 ε / steps, held within ε of x", "Madry et al. 2018, arXiv:1706.06083"),
     "gaussian": ("", "x + ε n, n ~ N(0, 1)", "Sehwag et al. 2020, arXiv:2002.10509: pruning for robustness"),
 }
+RECOVERY = {
+    "finetune": (
+        "",
+        "w trained on under its masks: pruned weights and their moments stay zero",
+        "Han et al. 2015, arXiv:1506.02626",
+    ),
+    "rewind": (
+        "rewind: {step: n}, initialisation",
+        "w of step n under the masks, trained anew",
+        "Frankle & Carbin 2019, arXiv:1803.03635; Frankle et al. 2020, arXiv:1912.05671",
+    ),
+    "learning_rate": (
+        "rewind: {learning_rate: {step: n}}",
+        "w stays; the training's learning rates of steps n..N again",
+        "Renda et al. 2020, arXiv:2003.02389",
+    ),
+    "distill": (
+        "",
+        "(1 - α) L + α T² KL(softmax(v / T) || softmax(z / T)), v of the teacher; α is `soft`; numbers: mean (z - v)²",
+        "Hinton et al. 2015, arXiv:1503.02531",
+    ),
+    "features": (
+        "distill, features",
+        "+ λ mean (x - x')² of what a kernel sees in student and teacher",
+        "Romero et al. 2015, arXiv:1412.6550",
+    ),
+    "correct_bias_batches": (
+        "",
+        "b + E[v] - E[v'], v and v' what b is added to before and after pruning",
+        "Nagel et al. 2019, arXiv:1906.04721",
+    ),
+    "reestimate_batches": (
+        "",
+        "batch norm's mean and variance anew, averaged over batches",
+        "Li et al. 2020, arXiv:2007.02491; Wu & Johnson 2021, arXiv:2105.07576",
+    ),
+}
 
 
 def entries() -> Iterator[Entry]:
@@ -115,14 +152,15 @@ def entries() -> Iterator[Entry]:
     yield from _of("target", TARGETS)
     yield from _of("schedule", SCHEDULES, lambda name: OneShot if name == "one_shot" else Iterative)
     yield from map(_method, METHODS)
+    yield from _of("recovery", RECOVERY, {"distill": Teaching}.get)
 
 
 def _of(
     table: str, rows: Mapping[str, tuple[str, str, str]], model: Callable[[str], Any] | None = None
 ) -> Iterator[Entry]:
     for name, (shown, meaning, paper) in rows.items():
-        told = _fields(model(name)) if model else {}
-        text = (model(name).__doc__ or "") if model else ""
+        found = model(name) if model else None
+        told, text = (_fields(found), found.__doc__ or "") if found else ({}, "")
         yield Entry(table, name, meaning, paper, shown, text, **told)
 
 
@@ -130,7 +168,10 @@ def _fields(model: Any) -> dict[str, Any]:
     """Options, their defaults and what they mean, of a recipe's model."""
     fields = {name: info for name, info in model.model_fields.items() if name != "kind"}
     return {
-        "options": {name: ... if info.is_required() else info.default for name, info in fields.items()},
+        "options": {
+            name: ... if info.is_required() else info.get_default(call_default_factory=True)
+            for name, info in fields.items()
+        },
         "told": {name: info.description or "" for name, info in fields.items()},
     }
 
@@ -169,11 +210,12 @@ _HEADS = {
     "target": "how many die",
     "schedule": "sparsity of round r of R",
     "training method": "while it trains: `sparsify`",
+    "recovery": "after units or weights died",
 }
 
 
 def methods_tables() -> Iterator[Table]:
-    """One table each for criteria, perturbations, granularities, scopes, targets, schedules and training methods."""
+    """One table each for criteria, perturbations, granularities, scopes, targets, schedules, training and recovery."""
     rows: dict[str, list[Entry]] = {}
     for entry in entries():
         rows.setdefault(entry.table, []).append(entry)

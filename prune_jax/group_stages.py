@@ -89,7 +89,8 @@ def mask_groups(call: StageCall, store: Store, report: Report) -> tuple[Arrays, 
         jax.device_get(apply_masks(loaded.variables.params, params)),
         jax.device_get(apply_masks(loaded.variables.state, masks["state"])),
     )
-    arrays, metrics = masked(call, loaded._replace(variables=variables, masks=jax.device_get(params)))
+    after = loaded._replace(variables=variables, masks=jax.device_get(params))
+    arrays, metrics = masked(call, loaded, after, report)
     groups = net.layers if settings["granularity"] == LAYER else net.groups
     return arrays, metrics | _wiring(call, loaded, net, dead, groups)
 

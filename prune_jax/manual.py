@@ -144,7 +144,10 @@ def _yaml(value: Any) -> str:
 DIGITS = "data: {source: digits}\nmodel: {kind: mlp, widths: [64, 32]}"
 # Where another network is needed than the smallest one.
 ELSEWHERE = {
-    "bn_scale": "data: {source: digits}\nmodel: {kind: mlp, widths: [64, 32], batch_norm: true}",
+    **dict.fromkeys(
+        ("bn_scale", "reestimate_batches"),
+        "data: {source: digits}\nmodel: {kind: mlp, widths: [64, 32], batch_norm: true}",
+    ),
     "kernel": "data: {source: digits}\nmodel: {kind: cnn}",
     **dict.fromkeys(
         ("head_importance", "block_influence", "layer"),
@@ -184,10 +187,25 @@ PRUNES: dict[str, dict[str, dict[str, str]]] = {
 }
 
 
+# What follows on a pruning of the recovery table's names; of those that are settings of the pruning, nothing.
+RECOVERS = {
+    "finetune": "  finetune: {kind: finetune, epochs: 3}\n",
+    "rewind": "  finetune: {kind: finetune, epochs: 3, rewind: {step: 20}}\n",
+    "learning_rate": "  finetune: {kind: finetune, rewind: {learning_rate: {step: 20}}}\n",
+    "distill": "  distill: {kind: distill, epochs: 3, temperature: 4, soft: 0.9}\n",
+    "features": "  distill: {kind: distill, epochs: 3, features: {output: 1.0}}\n",
+    "reestimate_batches": "  compact: {kind: compact, reestimate_batches: 10}\n",
+}
+PRUNES["recovery"] = {
+    "correct_bias_batches": {"correct_bias_batches": "10"},
+    "reestimate_batches": {"granularity": "group"},
+}
+
+
 def snippet(entry: Entry) -> str:
     """A recipe that uses it and works as it stands; an option without a default is left for the reader to fill."""
     name = re.sub(r"\W", "-", entry.name)
-    elsewhere = ELSEWHERE.get(entry.name, DIGITS) if entry.table in ("criterion", "granularity") else DIGITS
+    elsewhere = DIGITS if entry.table == "scope" else ELSEWHERE.get(entry.name, DIGITS)  # `layer` is a scope, too
     head = f"name: try-{name}\n{elsewhere}\nstages:\n"
     if entry.table == "training method":
         required = (
@@ -201,7 +219,10 @@ def snippet(entry: Entry) -> str:
         criterion = f"{{name: {entry.name}, options: {{{options}}}}}" if options else entry.name
         words |= {"criterion": criterion, "granularity": granularity}
     else:
-        words |= PRUNES[entry.table].get(entry.name, {entry.table: entry.name} if entry.table != "target" else {})
+        own = {} if entry.table in ("target", "recovery") else {entry.table: entry.name}
+        words |= PRUNES[entry.table].get(entry.name, own)
     lines = "".join(f"    {word}: {value}\n" for word, value in words.items() if value)
-    compact = "  compact: {kind: compact}\n" if words["granularity"] in ("group", "layer") else ""
-    return f"{head}  train: {{kind: train, epochs: 5}}\n  prune:\n    kind: prune\n{lines}{compact}"
+    then = "  compact: {kind: compact}\n" if words["granularity"] in ("group", "layer") else ""
+    if entry.table == "recovery":
+        then = RECOVERS.get(entry.name, "")
+    return f"{head}  train: {{kind: train, epochs: 5}}\n  prune:\n    kind: prune\n{lines}{then}"

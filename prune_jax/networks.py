@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prune_jax.bias_correction import correct_bias
 from prune_jax.checkpoints import Store
 from prune_jax.compaction import TracedNetwork, cut
 from prune_jax.datasets import Dataset, Split
+from prune_jax.errors import UserMistake
 from prune_jax.evaluation import evaluator
 from prune_jax.masks import sparsity
 from prune_jax.models import Network, Variables
@@ -22,7 +24,7 @@ from prune_jax.objectives import inputs_of, objective
 from prune_jax.order import dense
 from prune_jax.problems import dataset_of, examples_of, network_of, records_at, sample_of
 from prune_jax.progress import Progress, Report
-from prune_jax.recipe import Problem, Ref, StageCall
+from prune_jax.recipe import Problem, Ref, StageCall, Teaching
 from prune_jax.structure import cut_network, groups_of, restored
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
@@ -70,6 +72,32 @@ def cut_variables(problem: Problem, variables: Variables, keep: PyTree | None) -
         return variables
     shapes = shapes_of(problem)
     return Variables(**jax.device_get(cut(variables._asdict(), shapes, restored(keep, shapes))))
+
+
+def columns_of(problem: Problem, student: PyTree | None, teacher: PyTree | None) -> dict[str, tuple[np.ndarray, ...]]:
+    """By parameter and axis, which of a teacher's indices a student has; both as `structure.stored` has them.
+
+    Raises:
+        UserMistake: the student has units that the teacher lacks.
+    """
+    if student is None and teacher is None:
+        return {}
+    shapes = shapes_of(problem)
+    kept, its = (restored({} if keep is None else keep, shapes) for keep in (student, teacher))
+    found = {}
+    for name in (name for name in kept if name.startswith("params/")):
+        path = name.removeprefix("params/")
+        if not all(np.isin(a, b).all() for a, b in zip(kept[name], its[name], strict=True)):
+            raise UserMistake(
+                f"the teacher lacks units of {path!r} that its student has: it must not be the smaller of the two"
+            )
+        found[path] = tuple(np.flatnonzero(np.isin(b, a)) for a, b in zip(kept[name], its[name], strict=True))
+    return found
+
+
+def temperature_of(problem: Problem, teaching: Teaching) -> float | None:
+    """The temperature of the softmaxes that are matched; None where outputs are no logits."""
+    return teaching.temperature or (4.0 if problem.objective == "classification" else None)
 
 
 def groups_for(problem: Problem, keep: PyTree | None) -> TracedNetwork:
@@ -186,9 +214,33 @@ def repeated(sample: dict[str, np.ndarray], batch_size: int) -> tuple[np.ndarray
     return tuple(np.repeat(array, batch_size, axis=0) for array in inputs_of(sample))
 
 
-def masked(call: StageCall, loaded: Loaded) -> tuple[Arrays, Metrics]:
-    """What a masked network leaves in the store, and how it does on the validation split."""
+def masked(call: StageCall, before: Loaded, loaded: Loaded, report: Report) -> tuple[Arrays, Metrics]:
+    """What a masked network leaves in the store, and how it does on the validation split.
+
+    Args:
+        call: says whether biases take over what died.
+        before: the network before it was masked.
+        loaded: the network under its masks.
+        report: hears of the batches that the means are taken over.
+    """
+    told: Metrics = {}
+    if most := call.settings.get("correct_bias_batches"):
+        loaded, told = _corrected(call, before, loaded, Batches(dataset_of(call.problem).train, call, most, report))
     metrics = validated(call.problem, loaded.variables, dataset_of(call.problem), loaded.keep)
     if loaded.moments is not None:
         loaded = loaded._replace(moments=masked_moments(loaded.moments, loaded.masks))
-    return as_arrays(loaded), metrics | {"sparsity": sparsity_of(loaded.masks)}
+    return as_arrays(loaded), metrics | {"sparsity": sparsity_of(loaded.masks)} | told
+
+
+def _corrected(call: StageCall, before: Loaded, after: Loaded, batches: Batches) -> tuple[Loaded, Metrics]:
+    network, (params, state) = network_for(call.problem, after.keep), after.variables
+    found = correct_bias(
+        before.variables.params,
+        after.masks,
+        apply=at_rest(network, before.variables.state),
+        batches=map(inputs_of, batches),
+        pruned=params,
+        pruned_apply=at_rest(network, state),
+    )
+    told = {"corrected_biases": list(found.biases), "without_bias": list(found.left)}
+    return after._replace(variables=Variables(jax.device_get(found.params), state)), told

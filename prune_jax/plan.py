@@ -21,6 +21,7 @@ from prune_jax.recipe import (
     Recipe,
     Ref,
     StageCall,
+    Teaching,
     digest,
     parents_of,
     untargeted,
@@ -31,7 +32,17 @@ from prune_jax.recipe.parts import Frozen
 from prune_jax.sparse_training import find as find_method
 
 # A stage that comes to compute something else gets the next number, so that nothing old is taken for new.
-VERSIONS = {"train": 1, "score": 1, "mask": 1, "finetune": 1, "prune": 1, "compact": 1, "export": 1, "evaluate": 2}
+VERSIONS = {
+    "train": 1,
+    "score": 1,
+    "mask": 1,
+    "finetune": 1,
+    "distill": 1,
+    "prune": 1,
+    "compact": 1,
+    "export": 1,
+    "evaluate": 2,
+}
 KEY_LENGTH = 20
 
 
@@ -140,19 +151,23 @@ def finetune_call(
     settings: dict[str, Any],
     seed: int,
     network: Ref,
-    rewind: Ref | None,
+    rewind: Ref | None = None,
+    teacher: Ref | None = None,
     level: str = "",
     **more: Any,
 ) -> StageCall:
-    """The network trained on under its masks, from earlier weights if `rewind` names them."""
-    inputs = {"network": network} | ({"rewind": rewind} if rewind else {})
+    """The network trained on under its masks, from earlier weights if `rewind` names them, towards a `teacher`."""
+    inputs = {"network": network} | ({"rewind": rewind} if rewind else {}) | ({"teacher": teacher} if teacher else {})
     keys = {role: ref.key for role, ref in inputs.items()}
     length = f"{settings['epochs']:g} epochs" if "epochs" in settings else f"{settings['steps']} steps"
+    if begin := settings.get("begin_step"):
+        length = f"{length} from step {begin}"
+    kind = "distill" if teacher else "finetune"
     return StageCall(
         name=name,
-        label=" · ".join(filter(None, ("finetune", length, _sparsify_word(settings), level))),
-        kind="finetune",
-        key=key_of("finetune", settings=settings, seed=seed, inputs=keys, **_problem_part(problem)),
+        label=" · ".join(filter(None, (kind, length, _sparsify_word(settings), level))),
+        kind=kind,
+        key=key_of(kind, settings=settings, seed=seed, inputs=keys, **_problem_part(problem)),
         settings=settings,
         inputs=inputs,
         problem=problem,
@@ -161,9 +176,25 @@ def finetune_call(
     )
 
 
+def retraining(settings: Mapping[str, Any], origin: StageCall) -> dict[str, Any]:
+    """The settings of a recovery with what it repeats of the training, and what it learns from a teacher, in one."""
+    found = {k: v for k, v in settings.items() if k not in ("rewind", "distill", "teacher")}
+    found |= {k: v for k, v in settings.get("distill", {}).items() if k != "teacher"}
+    begin = _learning_rate_of(settings.get("rewind"))
+    if begin is None:
+        return found
+    repeated = {k: v for k, v in origin.settings.items() if k in ("optimizer", "epochs", "steps")}
+    return {**found, **repeated, "begin_step": begin}
+
+
+def _learning_rate_of(rewind: Any) -> int | None:
+    """The step to which a recovery rewinds the learning rate alone."""
+    return rewind["learning_rate"]["step"] if isinstance(rewind, Mapping) and "learning_rate" in rewind else None
+
+
 def rewind_call(rewind: Any, origin: StageCall, name: str) -> StageCall | None:
     """The training to the step that a recovery rewinds to; it is the same training, only stopped there."""
-    if rewind in (None, "none"):
+    if rewind in (None, "none") or _learning_rate_of(rewind) is not None:
         return None
     step = 0 if rewind == "initialisation" else rewind["step"]
     settings = {**origin.settings, "stop_step": step}
@@ -190,8 +221,12 @@ def make_plan(recipe: Recipe, *, digest_of: Callable[[Data], str], code_of: Call
         named = {stage: _row_name(stage, places[stage, row]) for stage in plan.after}
         for call in plan.calls:
             name = named[call.name]
-            inputs = {named.get(role, role): ref for role, ref in call.inputs.items()}
-            facts = {"row": places[call.name, row]}
+            inputs = call.inputs
+            if call.kind == "evaluate":  # whose inputs go by the names of stages
+                inputs = {named.get(role, role): ref for role, ref in inputs.items()}
+            facts: dict[str, Any] = {"row": places[call.name, row]}
+            if teacher := call.facts.get("teacher"):
+                facts["teacher"] = named[teacher]
             calls.setdefault(name, call.model_copy(update={"name": name, "inputs": inputs, "facts": facts}))
             after.setdefault(name, tuple(named[p] for p in plan.after[call.name]))
     return Plan(recipe, tuple(calls.values()), after)
@@ -285,7 +320,8 @@ def _single_plan(recipe: Recipe, data_digest: str, code: dict[str, str]) -> Plan
         calls[name] = call
         dense = tuple(role for role in call.inputs if stage.kind == "evaluate" and role not in wiring[name])
         scored = wiring[wiring[name][0]] if stage.kind == "mask" else ()
-        after[name] = (*dense, *scored, *wiring[name], *(extra.name for extra in before))
+        taught = (call.origin.name,) if call.origin and call.inputs.get("teacher") == call.origin.ref else ()
+        after[name] = tuple(dict.fromkeys((*dense, *scored, *wiring[name], *taught, *(extra.name for extra in before))))
     return Plan(recipe, tuple(calls.values()), after)
 
 
@@ -305,6 +341,9 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
     parent = parents[0]
     origin = parent.origin or parent
     operations["origin"] = origin
+    teacher = _teacher_of(stage, parents, origin)
+    if teacher and teacher is not parent:
+        operations["facts"] = {"teacher": teacher.name}
     match stage.kind:
         case "score":
             return [score_call(name, problem, settings, seed, parent.ref, **operations)]
@@ -315,14 +354,23 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             return [mask_call(name, problem, settings, network, parent.ref, level, **operations)]
         case "compact" | "export":
             return [shape_call(stage.kind, name, problem, settings, parent.ref, seed=seed, **operations)]
-        case "finetune":
-            rewind = rewind_call(settings.pop("rewind", None), origin, name)
-            call = finetune_call(
-                name, problem, settings, seed, parent.ref, rewind.ref if rewind else None, **operations
-            )
+        case "finetune" | "distill":
+            rewind = rewind_call(settings.get("rewind"), origin, name)
+            settings = retraining(settings, origin)
+            before, knows = (each.ref if each else None for each in (rewind, teacher))
+            call = finetune_call(name, problem, settings, seed, parent.ref, before, knows, **operations)
             return [rewind, call] if rewind else [call]
         case "prune":
-            content = {"settings": settings, "network": parent.key, **_problem_part(problem)}
+            inputs = {"network": parent.ref}
+            if teacher:
+                inputs["teacher"] = teacher.ref
+                distill = {k: v for k, v in settings["finetune"]["distill"].items() if k != "teacher"}
+                settings["finetune"] = {**settings["finetune"], "distill": distill}
+            content = {
+                "settings": settings,
+                **{role: ref.key for role, ref in inputs.items()},
+                **_problem_part(problem),
+            }
             if stage.finetune or _draws(settings["criterion"]):
                 content["seed"] = seed
             content["turns"] = {kind: VERSIONS[kind] for kind in _turns(stage)}
@@ -335,7 +383,7 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
                     kind="prune",
                     key=key_of("prune", **content),
                     settings=settings,
-                    inputs={"network": parent.ref},
+                    inputs=inputs,
                     problem=problem,
                     seed=seed,
                     **operations,
@@ -360,6 +408,14 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
     ]
 
 
+def _teacher_of(stage: Any, parents: list[StageCall], origin: StageCall) -> StageCall | None:
+    """The call whose network a stage learns from: the one that it names, else the training."""
+    recovery = stage.finetune if isinstance(stage, Prune) else stage
+    if not isinstance(recovery, Teaching) and not getattr(recovery, "distill", None):
+        return None
+    return parents[1] if len(parents) > 1 else origin
+
+
 def _draws(criterion: Mapping[str, Any]) -> bool:
     """Whether something of a score is drawn."""
     return find(criterion["name"]).stochastic or criterion.get("perturbation", {}).get("kind") == "gaussian"
@@ -375,7 +431,9 @@ def _without_defaults(criterion: dict[str, Any]) -> dict[str, Any]:
 
 def _turns(stage: Prune) -> tuple[str, ...]:
     """The kinds of stage that a prune stage is made of."""
-    return ("score", "mask", "finetune") if stage.finetune else ("score", "mask")
+    if not stage.finetune:
+        return "score", "mask"
+    return "score", "mask", "distill" if stage.finetune.distill else "finetune"
 
 
 def _level(stage: Any, granularity: Any) -> str:

@@ -10,7 +10,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError, UserMistake, did_you_mean
 from prune_jax.plan import Plan, expand, make_plan
 from prune_jax.problems import code_of, data_of
-from prune_jax.recipe import CustomMethod, Problem, Prune, Recipe, Recovery, RewindStep, Sparsify, StageCall, parents_of
+from prune_jax.recipe import CustomMethod, Problem, Prune, Recipe, Recovery, Rewind, Sparsify, StageCall, parents_of
 
 
 def prepare(recipe: Recipe) -> Plan:
@@ -141,16 +141,20 @@ def _check_rewinds(plan: Plan) -> None:
     for call in plan.calls:
         stage = plan.recipe.stages.get(call.name)
         recovery = stage.finetune if isinstance(stage, Prune) else stage
-        if not isinstance(recovery, Recovery) or not isinstance(recovery.rewind, RewindStep) or not call.origin:
+        if not isinstance(recovery, Recovery) or not isinstance(recovery.rewind, Rewind) or not call.origin:
             continue
         search = stage.search if isinstance(stage, Prune) else None
         steps = _training_steps(call.origin, (0, search.folds) if search else None)
-        field = "finetune.rewind.step" if isinstance(stage, Prune) else "rewind.step"
-        with _at(plan.recipe.name, f"stages.{call.name}.{field}", recovery.rewind.step):
-            if recovery.rewind.step > steps:
+        begin = recovery.repeated_from
+        word, step, last = ("step", recovery.rewind.step or 0, steps)
+        if begin is not None:  # a step at least is left to be repeated
+            word, step, last = "learning_rate.step", begin, steps - 1
+        field = f"{'finetune.' if isinstance(stage, Prune) else ''}rewind.{word}"
+        with _at(plan.recipe.name, f"stages.{call.name}.{field}", step):
+            if step > last:
                 raise UserMistake(
                     f"the training{' on a fold' if search else ''} ends at step {steps}: rewind to one from 0 to "
-                    f"{steps}, or train longer"
+                    f"{last}, or train longer"
                 )
 
 
@@ -178,7 +182,8 @@ def _training_steps(training: StageCall, fold: tuple[int, int] | None) -> int:
 
     split = data_of(training.problem.data, fold).train
     epochs, steps = training.settings.get("epochs"), training.settings.get("steps")
-    return length(split, batch_size=training.problem.data.batch_size, epochs=epochs, steps=steps)[1]
+    total = length(split, batch_size=training.problem.data.batch_size, epochs=epochs, steps=steps)[1]
+    return total - training.settings.get("begin_step", 0)
 
 
 def _metrics(stage: Any) -> Iterator[tuple[str, str]]:
@@ -215,16 +220,23 @@ def _check_network(problem: Problem, recipe: Recipe) -> None:
     _check_targets(network, sample, variables, recipe)
 
 
+def _features(stage: Any) -> dict[str, float]:
+    """The features that a stage matches with its teacher's."""
+    recovery = stage.finetune if stage.kind == "prune" else stage
+    return getattr(getattr(recovery, "distill", None) or recovery, "features", {})
+
+
 def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) -> None:
-    """Refuses patterns that fit no parameter, and more survivors than there are weights."""
+    """Refuses patterns that fit no parameter or no kernel, and more survivors than there are weights."""
     import jax
 
     from prune_jax.allocation import allocate
     from prune_jax.criteria import find
+    from prune_jax.distillation import check_features
     from prune_jax.granularity import check_granularity, check_leaves, unit_shape
     from prune_jax.group_scoring import free_groups
     from prune_jax.group_stages import WIRED, kinds_of
-    from prune_jax.networks import dense_in, mean_loss
+    from prune_jax.networks import at_rest, dense_in, mean_loss
     from prune_jax.objectives import inputs_of
     from prune_jax.scoring import prunable_paths
     from prune_jax.statistics import check_inputs
@@ -244,6 +256,10 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
             return kept, prunable_paths(params, exclude=kept)
 
     for name, stage in recipe.stages.items():
+        if patterns := _features(stage):
+            where = "finetune.distill.features" if stage.kind == "prune" else "features"
+            with _at(recipe.name, f"stages.{name}.{where}", patterns):
+                check_features(at_rest(network, variables.state), params, inputs, patterns)
         if method := getattr(stage, "sparsify", None):
             kept, _ = dense(f"stages.{name}.sparsify", method)
             with _at(recipe.name, f"stages.{name}.sparsify.kind", method.kind):

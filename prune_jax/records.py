@@ -75,6 +75,7 @@ class Run:
             "made_in_seconds": (meta or {}).get("seconds", result.seconds),
             "begin": None if begin is None else round(begin, 3),
             "after": list(self.plan.after.get(name, self._turn_parents(call))),
+            **({"teacher": call.facts["teacher"]} if call and "teacher" in call.facts else {}),
             "message": result.message,
             "row": dict(call.facts.get("row", {})) if call else {},
             "metrics": result.metrics,

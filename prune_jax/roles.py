@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LONGER = "dense, trained longer"
+LONGER, TAUGHT = "dense, trained longer", "dense, distilled"
+TUNED = {"finetune": "fine-tuned", "distill": "distilled"}  # what became of a network that such a stage trained on
+
+
+def descends(stages: Mapping[str, Any], name: str) -> list[str]:
+    """The stages whose network a stage goes on from, nearest first; a teacher's is another network."""
+    stage = stages.get(name, {})
+    return [parent for parent in stage.get("after", []) if parent != stage.get("teacher")]
 
 
 def lineage(record: Mapping[str, Any], name: str) -> list[str]:
@@ -17,16 +24,16 @@ def lineage(record: Mapping[str, Any], name: str) -> list[str]:
         here = ahead.pop(0)
         if here in stages and here not in seen:
             seen.append(here)
-            ahead += stages[here].get("after", [])
+            ahead += descends(stages, here)
     return seen
 
 
 def role_of(record: Mapping[str, Any], name: str) -> str:
     """What a network is beside the others, by the stages that it went through.
 
-    `dense`; `masked` or `compact`, at random where units were drawn by lot, and fine-tuned, or trained from scratch
-    under its masks; `fresh`, a compact network trained from its initialisation, which tells what its widths alone are
-    worth; `dense, trained longer`.
+    `dense`; `masked` or `compact`, at random where units were drawn by lot, and fine-tuned, distilled, or trained from
+    scratch under its masks; `fresh`, a compact network trained from its initialisation, which tells what its widths
+    alone are worth; `dense, trained longer`, or distilled.
     """
     stages = record.get("stages", {})
     told = record.get("results", {}).get(name, {}).get("kind", "")
@@ -37,19 +44,24 @@ def role_of(record: Mapping[str, Any], name: str) -> str:
     if cut is None and masked is None:
         if "train" not in kinds.values():
             return ""
-        return LONGER if "finetune" in kinds.values() else "dense"
-    tuned = [n for n in line[: masked if cut is None else cut] if kinds[n] == "finetune"]
-    if cut is not None and tuned and _setting(record, tuned[0], "rewind") not in (None, "none"):
+        return TAUGHT if "distill" in kinds.values() else LONGER if "finetune" in kinds.values() else "dense"
+    tuned = [n for n in line[: masked if cut is None else cut] if kinds[n] in TUNED]
+    if cut is not None and tuned and _replaced(_setting(record, tuned[0], "rewind")):
         return "fresh"
     words = ["masked" if cut is None else "compact"]
     words += ["at random"] if any(_setting(record, n, "criterion") == "random" for n in line) else []
     again = tuned and _setting(record, tuned[0], "rewind") == "initialisation"
-    return ", ".join([*words, *(["from scratch"] if again else ["fine-tuned"] if tuned else [])])
+    return ", ".join([*words, *(["from scratch"] if again else [TUNED[kinds[n]] for n in tuned[:1]])])
 
 
 def is_control(role: str) -> bool:
     """Whether a network is there to be beaten by the pruned one."""
-    return role in {"fresh", LONGER} or "at random" in role
+    return role in {"fresh", LONGER, TAUGHT} or "at random" in role
+
+
+def _replaced(rewind: Any) -> bool:
+    """Whether earlier weights took the place of the pruned ones."""
+    return rewind not in (None, "none") and not (isinstance(rewind, Mapping) and "learning_rate" in rewind)
 
 
 def _setting(record: Mapping[str, Any], name: str, word: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from prune_jax import schedules
 from prune_jax.errors import GuardBreachError
 from prune_jax.objectives import objective
-from prune_jax.plan import finetune_call, mask_call, rewind_call, score_call, train_call
+from prune_jax.plan import finetune_call, mask_call, retraining, rewind_call, score_call, train_call
 from prune_jax.recipe import Guard, Iterative, Prune, Ref, Search, StageCall, StageResult, Target, untargeted
 
 T = TypeVar("T")
@@ -72,24 +72,29 @@ class _Turns:
         )
 
     def _mask(self, network: Ref, scores: Ref, target: Mapping[str, Any], level: str, **where: Any) -> StageCall:
-        settings = {**_only(self.call.settings, "scope", "min_keep", "round_to"), **target}
+        settings = {**_only(self.call.settings, "scope", "min_keep", "round_to", "correct_bias_batches"), **target}
         settings["granularity"] = self.call.settings.get("granularity", "weight")
         return mask_call(
             self._name("mask"), settings=settings, network=network, scores=scores, level=level, **self._shared(**where)
         )
 
     def _finetune(self, network: Ref, level: str, **where: Any) -> StageCall:
-        settings = {k: v for k, v in self.call.settings["finetune"].items() if k != "rewind"}
-        rewind = self._rewind(**where)
+        rewind, teacher = self._rewind(**where), self._teacher(**where)
         return finetune_call(
-            self._name("finetune"),
-            settings=settings,
+            self._name("distill" if teacher else "finetune"),
+            settings=retraining(self.call.settings["finetune"], self.origin(**where)),
             seed=self.call.seed,
             network=network,
             rewind=rewind.ref if rewind else None,
+            teacher=teacher,
             level=level,
             **self._shared(**where),
         )
+
+    def _teacher(self, origin: StageCall | None = None) -> Ref | None:
+        """The plan's teacher; on a fold its training, which has not seen what the fold holds out."""
+        teacher = self.call.inputs.get("teacher")
+        return origin.ref if teacher and origin else teacher
 
 
 def prune_rounds(call: StageCall, metrics_of: Callable[[Ref], Mapping[str, Any]]) -> Dialogue[StageCall]:

@@ -28,6 +28,7 @@ from prune_jax.networks import (
     Metrics,
     as_arrays,
     at_rest,
+    columns_of,
     cut_variables,
     dense_for,
     evaluator_of,
@@ -40,13 +41,14 @@ from prune_jax.networks import (
     repeated,
     right_answers,
     sparsity_of,
+    temperature_of,
     validated,
 )
 from prune_jax.objectives import inputs_of
 from prune_jax.perturbation import perturbed
 from prune_jax.problems import dataset_of, network_of, sample_of
 from prune_jax.progress import Progress, Report, silent
-from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Sparsify, StageCall, StageResult, Status
+from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Sparsify, StageCall, StageResult, Status, Teaching
 from prune_jax.schedules import iterative
 from prune_jax.scoring import compensate, mask, prunable_paths, score
 from prune_jax.trees import PyTree, leaves_by_path
@@ -91,7 +93,7 @@ def train(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metric
 
 
 def finetune(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
-    """Trains on under masks, from earlier weights if the call rewinds."""
+    """Trains on under masks, from earlier weights if the call rewinds, towards a teacher if it has one."""
     start = read_network(store, call.inputs["network"])
     if "rewind" in call.inputs:
         earlier = read_network(store, call.inputs["rewind"]).variables
@@ -100,9 +102,19 @@ def finetune(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Met
 
 
 def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dataset) -> tuple[Arrays, Metrics]:
-    from prune_jax.training import fit
+    from prune_jax.distillation import Lesson
+    from prune_jax.training import Teacher, fit
 
-    settings = dict(call.settings)
+    settings, teacher = dict(call.settings), None
+    taught = Teaching(**{word: settings.pop(word) for word in Teaching.model_fields if word in settings})
+    if "teacher" in call.inputs:
+        loaded = read_network(store, call.inputs["teacher"])
+        teacher = Teacher(
+            network_for(call.problem, loaded.keep),
+            loaded.variables,
+            Lesson(temperature_of(call.problem, taught), taught.soft, tuple(taught.features.items())),
+            columns_of(call.problem, start.keep, loaded.keep) if taught.features else None,
+        )
     optimizer = Optimizer.model_validate(settings.pop("optimizer", {}))
     sparsify = SPARSIFY.validate_python(settings.pop("sparsify", None))
     if sparsify is not None and sparsify.spare:
@@ -126,6 +138,7 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
             masks=start.masks,
             moments=(start.moments or {}) if goes_on else None,
             sparsify=sparsify,
+            teacher=teacher,
             checkpoints=checkpoints,
             checkpoint_seconds=call.operation.checkpoint_seconds,
             beat=beat,
@@ -209,7 +222,7 @@ def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays,
     if alive is not None:  # leaves that were not scored this time keep what they had: what is dead stays dead
         masks = like(params, leaves_by_path(alive) | leaves_by_path(masks))
     variables = Variables(jax.device_get(apply_masks(params, masks)), state)
-    return masked(call, loaded._replace(variables=variables, masks=jax.device_get(masks)))
+    return masked(call, loaded, loaded._replace(variables=variables, masks=jax.device_get(masks)), report)
 
 
 def _target(settings: dict[str, Any], scores: PyTree) -> dict[str, Any]:
@@ -278,6 +291,7 @@ STAGES: dict[str, Callable[[StageCall, Store, Report], tuple[Any, ...]]] = {
     "score": score_units,
     "mask": mask_network,
     "finetune": finetune,
+    "distill": finetune,
     "prune": prune,
     "compact": compact,
     "export": export,

@@ -1,4 +1,4 @@
-"""One jitted step and one loop, for training and fine-tuning alike.
+"""One jitted step and one loop, for training, fine-tuning and distillation alike.
 
 The data, the order of an epoch and the state stay on the device; a step is one call. Steps are not fused into a
 `lax.scan`: XLA runs convolutions in a scan on CPU without its threads, eight times slower.
@@ -6,9 +6,9 @@ The data, the order of an epoch and the state stay on the device; a step is one 
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prune_jax.checkpoints import Steps
 from prune_jax.datasets import GrainSplit, Split
-from prune_jax.errors import DivergedError
+from prune_jax.distillation import Columns, Lesson, Seen, kernels_seen
+from prune_jax.errors import DivergedError, UserMistake
 from prune_jax.masks import apply_masks
 from prune_jax.models import Network, Variables
 from prune_jax.moments import moments_of, with_moments
@@ -53,22 +54,37 @@ class Fitted(NamedTuple):
     masks: PyTree | None  # those it was given, or that `sparsify` made
 
 
-def learning_rate(optimizer: Optimizer, steps: int) -> optax.Schedule:
-    """The learning rate at each step: linear warm-up, then constant or a cosine to `decay_to` of it."""
+class Teacher(NamedTuple):
+    """A network to learn from, at rest."""
+
+    network: Network
+    variables: Variables
+    lesson: Lesson
+    columns: Columns | None = None  # which of its units the student has, where it lacks some
+
+
+def learning_rate(optimizer: Optimizer, steps: int, begin: int = 0) -> optax.Schedule:
+    """The learning rate at each step: linear warm-up, then constant or a cosine to `decay_to` of it.
+
+    Args:
+        optimizer: names the rates.
+        steps: of the whole training.
+        begin: the step that counts as the first, where the training's end is repeated.
+    """
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
     if optimizer.decay_to is None:
         after: optax.Schedule = optax.constant_schedule(peak)
     else:
         after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=optimizer.decay_to)
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    if warmup:
+        after = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    return (lambda step: after(step + begin)) if begin else after
 
 
-def make_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
-    """The optimizer of Optax that a recipe names."""
+def make_optimizer(optimizer: Optimizer, steps: int, begin: int = 0) -> optax.GradientTransformation:
+    """The optimizer of Optax that a recipe names; `steps` and `begin` as for `learning_rate`."""
     plain = optimizer.decay_to is None and not optimizer.warmup_steps
-    rate = optimizer.learning_rate if plain else learning_rate(optimizer, steps)
+    rate = optimizer.learning_rate if plain else learning_rate(optimizer, steps, begin)
     inner = getattr(optax, optimizer.name)(rate, **optimizer.hyperparameters())
     return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), inner) if optimizer.clip_norm else inner
 
@@ -80,13 +96,14 @@ def length(split: Split, *, batch_size: int, epochs: float | None, steps: int | 
     return per_epoch, steps if steps is not None else max(round((epochs or 0) * per_epoch), 1)
 
 
-@functools.lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def make_step(
     network: Network,
     objective_name: str,
     optimizer: Optimizer,
     *,
     steps: int,
+    begin: int,
     per_epoch: int,
     batch_size: int,
     l1: float,
@@ -95,6 +112,8 @@ def make_step(
     gathered: bool,
     devices: int,
     sparsify: Sparsify | None,
+    teacher: Network | None,
+    lesson: Lesson | None,
 ) -> Callable[..., TrainState]:
     """Compiles one step; every later stage with the same arguments shares it.
 
@@ -103,6 +122,7 @@ def make_step(
         objective_name: what the loss is.
         optimizer: how the weights move.
         steps: length of the whole training, which a decaying learning rate depends on.
+        begin: the step of it with whose learning rate this one begins.
         per_epoch: steps in an epoch.
         batch_size: examples in a batch.
         l1: weight of the sum of absolute weights in the loss.
@@ -111,19 +131,22 @@ def make_step(
         gathered: whether batches are cut from arrays on the device, by the epoch's order, or handed in.
         devices: over how many devices a batch is spread.
         sparsify: the method that makes masks while it trains.
+        teacher: what answers beside the labels.
+        lesson: what is learned from it.
 
     Returns:
-        `(state, data, order, key) -> state`; the state is donated.
+        `(state, data, order, key, taught) -> state`, with the teacher's variables and columns in `taught`, None without
+        a teacher; the state is donated.
     """
     goal = objective(objective_name)
-    transformation = make_optimizer(optimizer, steps)
+    transformation = make_optimizer(optimizer, steps, begin)
     if sparsify is not None:
-        transformation = _sparsified(optimizer, steps, sparsify, 0)  # the state has the key
+        transformation = _sparsified(optimizer, steps, begin, sparsify, 0)  # the state has the key
     if sparse:
         transformation = masked(transformation, None)
     spread = _spread(devices)
 
-    def step(state: TrainState, data: PyTree, order: jax.Array, key: jax.Array) -> TrainState:
+    def step(state: TrainState, data: PyTree, order: jax.Array, key: jax.Array, taught: PyTree = None) -> TrainState:
         batch = data
         if gathered:
             start = (state.step % per_epoch) * batch_size
@@ -132,11 +155,14 @@ def make_step(
         if spread is not None:
             batch = jax.lax.with_sharding_constraint(batch, spread)
 
+        inputs, key = inputs_of(batch), jax.random.fold_in(key, state.step)
+
         def loss_of(params: PyTree) -> tuple[jax.Array, PyTree]:
-            outputs, new = network.apply(
-                params, state.state, inputs_of(batch), train=True, key=jax.random.fold_in(key, state.step)
-            )
+            outputs, new = network.apply(params, state.state, inputs, train=True, key=key)
             loss = jnp.mean(goal.loss(outputs, batch))
+            if teacher is not None and lesson is not None:
+                learns = partial(_answers, network, state.state, train=True, key=key)
+                loss = _heed(lesson, loss, outputs, learns, params, teacher, taught, inputs)
             if l1 or l2:
                 loss = loss + penalty(params, l1=l1, l2=l2)
             return loss, new
@@ -148,6 +174,30 @@ def make_step(
         return TrainState(params, new, inner, state.step + 1, losses)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _heed(
+    lesson: Lesson,
+    hard: jax.Array,
+    outputs: jax.Array,
+    student: Callable[..., jax.Array],
+    params: PyTree,
+    teacher: Network,
+    taught: tuple[Variables, Columns | None],
+    inputs: Any,
+) -> jax.Array:
+    """The loss with what a teacher adds to it: the student as it trains, the teacher at rest."""
+    (its, state), columns = taught
+    knows = partial(_answers, teacher, state, train=False, key=None)
+
+    def seen() -> tuple[Seen, Seen]:
+        return kernels_seen(student, params, *inputs), kernels_seen(knows, its, *inputs)
+
+    return lesson.loss(hard, outputs, knows(its, *inputs), seen, columns)
+
+
+def _answers(network: Network, state: PyTree, params: PyTree, *inputs: Any, **mode: Any) -> jax.Array:
+    return network.apply(params, state, inputs, **mode)[0]
 
 
 def _spread(devices: int) -> NamedSharding | None:
@@ -174,9 +224,11 @@ def fit(
     epochs: float | None = None,
     steps: int | None = None,
     stop_step: int | None = None,
+    begin_step: int = 0,
     masks: PyTree | None = None,
     moments: PyTree | None = None,
     sparsify: Sparsify | None = None,
+    teacher: Teacher | None = None,
     l1: float = 0.0,
     l2: float = 0.0,
     checkpoints: Steps | None = None,
@@ -196,9 +248,11 @@ def fit(
         epochs: passes over the split, or
         steps: steps in all.
         stop_step: stop there, as if the training were cut off; the learning rate is that of the whole training.
+        begin_step: with the learning rate of this step, in that many fewer steps: the end of a training repeated.
         masks: `True` = alive; pruned weights and their moments stay exactly zero.
         moments: of an earlier training by the same optimizer, zero where a weight is pruned; left out, fresh ones.
         sparsify: makes masks while it trains; there are none before.
+        teacher: a network to learn from beside the labels.
         l1: weight of sum |w|.
         l2: weight of sum w^2 / 2.
         checkpoints: where step checkpoints lie; a killed training goes on from the last.
@@ -207,17 +261,22 @@ def fit(
 
     Raises:
         DivergedError: the loss is not finite; step and learning rate are named.
+        UserMistake: the training ends before `begin_step`, or the teacher does not fit.
     """
     examples = len(split) if isinstance(split, GrainSplit) else len(split["x"])
     batch_size = min(batch_size, examples)
-    per_epoch, total = length(split, batch_size=batch_size, epochs=epochs, steps=steps)
+    per_epoch, whole = length(split, batch_size=batch_size, epochs=epochs, steps=steps)
+    total = whole - begin_step
+    if total < 1:
+        raise UserMistake(f"there is no step from {begin_step} on: the training ends at step {whole}")
     devices = devices_for(batch_size)
     gathered = not isinstance(split, GrainSplit)
     step_function = make_step(
         network,
         objective_name,
         optimizer,
-        steps=total,
+        steps=whole,
+        begin=begin_step,
         per_epoch=per_epoch,
         batch_size=batch_size,
         l1=l1,
@@ -226,11 +285,13 @@ def fit(
         gathered=gathered,
         devices=devices,
         sparsify=sparsify,
+        teacher=teacher.network if teacher else None,
+        lesson=teacher.lesson if teacher else None,
     )
     if sparsify is None:
-        state = _begin(variables, optimizer, total, masks, moments)
+        state = _begin(variables, optimizer, whole, masks, moments, begin_step)
     else:
-        state = _begin_sparsified(variables, optimizer, total, sparsify, seed, moments)
+        state = _begin_sparsified(variables, optimizer, whole, sparsify, seed, moments, begin_step)
     start = 0
     if checkpoints is not None and (found := checkpoints.latest(jax.tree.map(np.asarray, state))):
         start, state = found
@@ -239,12 +300,14 @@ def fit(
     state = jax.device_put(state, everywhere)
     data = None if isinstance(split, GrainSplit) else jax.device_put(dict(split), everywhere)
     key = jax.device_put(jax.random.key(seed), everywhere)
+    taught = jax.device_put((teacher.variables, teacher.columns), everywhere) if teacher else None
     end = total if stop_step is None else min(stop_step, total)
-    clock = _Beats(optimizer, total, end, start, beat, checkpoints, checkpoint_seconds)
+    rates = learning_rate(optimizer, whole, begin_step)
+    clock = _Beats(optimizer, rates, total, end, start, beat, checkpoints, checkpoint_seconds)
     # Devices of one CPU share its threads: steps in flight side by side would wait for each other for ever.
     one_at_a_time = devices > 1 and jax.default_backend() == "cpu"
     for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, everywhere):
-        state = step_function(state, batch, order, key)
+        state = step_function(state, batch, order, key, taught)
         if one_at_a_time:
             jax.block_until_ready(state.step)
         clock.tick(done, state)
@@ -257,33 +320,44 @@ def fit(
 
 
 def _begin(
-    variables: Variables, optimizer: Optimizer, steps: int, masks: PyTree | None, moments: PyTree | None = None
+    variables: Variables,
+    optimizer: Optimizer,
+    steps: int,
+    masks: PyTree | None,
+    moments: PyTree | None = None,
+    begin: int = 0,
 ) -> TrainState:
     params = jax.tree.map(jnp.array, variables.params)  # a copy: the step donates it
     if masks is not None:
         params = apply_masks(params, masks)
-    inner = make_optimizer(optimizer, steps).init(params)
+    inner = make_optimizer(optimizer, steps, begin).init(params)
     if moments is not None:
         inner = with_moments(inner, moments)
     if masks is not None:
         inner = MaskedState(masks, inner)
     inner = jax.tree.map(jnp.array, inner)
     state = jax.tree.map(jnp.array, variables.state)
-    return TrainState(params, state, inner, jnp.zeros((), jnp.int32), jnp.zeros((steps,), jnp.float32))
+    return TrainState(params, state, inner, jnp.zeros((), jnp.int32), jnp.zeros((steps - begin,), jnp.float32))
 
 
 def _sparsified(
-    optimizer: Optimizer, steps: int, sparsify: Sparsify, seed: int
+    optimizer: Optimizer, steps: int, begin: int, sparsify: Sparsify, seed: int
 ) -> optax.GradientTransformationExtraArgs:
-    inner, rate = make_optimizer(optimizer, steps), learning_rate(optimizer, steps)
-    return sparsified(inner, sparsify, steps=steps, learning_rate=rate, key=jax.random.key(seed))
+    inner, rate = make_optimizer(optimizer, steps, begin), learning_rate(optimizer, steps, begin)
+    return sparsified(inner, sparsify, steps=steps - begin, learning_rate=rate, key=jax.random.key(seed))
 
 
 def _begin_sparsified(
-    variables: Variables, optimizer: Optimizer, steps: int, sparsify: Sparsify, seed: int, moments: PyTree | None
+    variables: Variables,
+    optimizer: Optimizer,
+    steps: int,
+    sparsify: Sparsify,
+    seed: int,
+    moments: PyTree | None,
+    begin: int,
 ) -> TrainState:
-    plain = _begin(variables, optimizer, steps, None, moments)
-    state = _sparsified(optimizer, steps, sparsify, seed).init(plain.params)
+    plain = _begin(variables, optimizer, steps, None, moments, begin)
+    state = _sparsified(optimizer, steps, begin, sparsify, seed).init(plain.params)
     params = apply_masks(plain.params, state.masks)
     if moments is not None:
         state = state._replace(inner=plain.optimizer)
@@ -313,6 +387,7 @@ class _Beats:
     def __init__(
         self,
         optimizer: Optimizer,
+        rates: optax.Schedule,
         total: int,
         end: int,
         start: int,
@@ -320,7 +395,7 @@ class _Beats:
         checkpoints: Steps | None,
         checkpoint_seconds: float,
     ):
-        self.optimizer, self.total, self.end, self.beat = optimizer, total, end, beat
+        self.optimizer, self.rates, self.total, self.end, self.beat = optimizer, rates, total, end, beat
         self.checkpoints, self.interval = checkpoints, checkpoint_seconds
         self.last, self.last_step, self.saved = time.perf_counter(), start, time.perf_counter()
 
@@ -358,7 +433,7 @@ class _Beats:
         return float(losses[-1])
 
     def _diverged(self, what: str, step: int) -> DivergedError:
-        rate = float(learning_rate(self.optimizer, self.total)(step - 1))
+        rate = float(self.rates(step - 1))
         return DivergedError(
             f"{what} at step {step} of {self.total}, at learning rate {rate:g} ({self.optimizer.name}). "
             "Lower `optimizer.learning_rate`, add `optimizer.warmup_steps` or `optimizer.clip_norm`."

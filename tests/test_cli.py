@@ -184,6 +184,11 @@ BAD = {
         "stages.prune.finetune.rewind.step = 9: the training ends at step 8: rewind to one from 0 to 8, or train "
         "longer",
     ),
+    "rewind of a learning rate": (
+        {"stages.prune.finetune": {"rewind": {"learning_rate": {"step": 8}}}},
+        "stages.prune.finetune.rewind.learning_rate.step = 8: the training ends at step 8: rewind to one from 0 to 7, "
+        "or train longer",
+    ),
     "rewind of a finetune stage": (
         {
             "stages.train": {"kind": "train", "epochs": 2},  # of 32 examples in batches of 9
@@ -491,6 +496,8 @@ def test_methods_are_listed_with_formula_and_paper(command):
         assert entry.name in out
         assert entry.paper.split(":")[-1] in out
     for word in ("2:4", "{block: [r, c]}", "kernel", "arXiv:2104.08378", "arXiv:1711.02782", "arXiv:1705.08922"):
+        assert word in out
+    for word in ("distill", "arXiv:1503.02531", "arXiv:2003.02389", "reestimate_batches", "correct_bias_batches"):
         assert word in out
 
 

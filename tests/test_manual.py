@@ -31,8 +31,13 @@ def uses(recipe, entry):
     stages = recipe.stages
     if entry.table == "training method":
         return stages["train"].sparsify.kind == entry.name
-    prune = stages["prune"]
+    prune, last = stages["prune"], list(stages.values())[-1]
     return {
+        "recovery": lambda: {
+            "rewind": lambda: last.rewind.model_dump(exclude_none=True) == {"step": 20},
+            "learning_rate": lambda: last.rewind.learning_rate is not None,
+            "features": lambda: last.kind == "distill" and last.features,
+        }.get(entry.name, lambda: last.kind == entry.name or getattr(last, entry.name))(),
         "criterion": lambda: prune.criterion.name == entry.name,
         "perturbation": lambda: prune.criterion.perturbation.kind == entry.name,
         "granularity": lambda: (
@@ -62,7 +67,7 @@ def test_everything_is_there_and_said():
     assert [e.name for e in ENTRIES if e.table == "training method"] == list(METHODS)
     assert {e.name for e in ENTRIES if e.table == "criterion"} == set(CRITERIA)
     assert list(dict.fromkeys(tables)) == [
-        *("criterion", "perturbation", "granularity", "scope", "target", "schedule", "training method")
+        *("criterion", "perturbation", "granularity", "scope", "target", "schedule", "training method", "recovery")
     ]
     for entry in ENTRIES:
         told = read_docstring(entry.text)

@@ -279,11 +279,25 @@ REFUSED = {
         {"train": STORED, "on": {**KEPT, "rewind": "initialisation"}},
         "stages.on.moments = 'kept': belong to the weights that `rewind` replaces: leave one of the two out",
     ),
+    "another than that which is repeated": (
+        {
+            "train": {**STORED, "optimizer": {"name": "lion"}},
+            "first": {"kind": "finetune", "steps": 2, "store_moments": True},
+            "on": {"kind": "finetune", "moments": "kept", "rewind": {"learning_rate": {"step": 1}}},
+        },
+        "stages.on.moments = 'kept': lion cannot go on with those of adam, which first stores",
+    ),
     "misspelt": (
         {"train": STORED, "on": {**KEPT, "moments": "keep"}},
         "stages.on.moments = 'keep': is not known; did you mean 'kept'? (allowed: fresh, kept)",
     ),
 }
+
+
+def test_a_repeated_training_goes_on_with_moments_of_its_own_optimizer():
+    train = {**STORED, "optimizer": {"name": "lion"}}
+    on = {"kind": "finetune", "moments": "kept", "rewind": {"learning_rate": {"step": 1}}}
+    read_recipe(tiny(train=train, on=on, further={**on, "kind": "distill"} | {"after": "train"}))
 
 
 @pytest.mark.parametrize("how", REFUSED)

@@ -17,7 +17,7 @@ TRAIN = {"kind": "train"}
 PRUNE = {"kind": "prune", "criterion": "magnitude", "target": {"sparsity": 0.5}}
 SCORE = {"kind": "score", "criterion": "magnitude"}
 MASK = {"kind": "mask", "target": {"sparsity": 0.5}}
-NETWORK = "train or mask or finetune or prune or compact"
+NETWORK = "train or mask or finetune or distill or prune or compact"
 MISSING = object()
 
 
@@ -105,7 +105,7 @@ EXACT = [
         "stages/train/kind",
         "trian",
         "stages.train.kind = 'trian': is not known; did you mean 'train'? "
-        "(allowed: train, score, mask, finetune, prune, compact, export, evaluate)",
+        "(allowed: train, score, mask, finetune, distill, prune, compact, export, evaluate)",
     ),
     (
         "stages/train/optimizer",
@@ -280,6 +280,17 @@ EXACT = [
     ("stages/prune/finetune", {}, "stages.prune.finetune: needs exactly one of epochs, steps"),
     (
         "stages/prune/finetune",
+        {"rewind": {"learning_rate": {"step": 1}}, "epochs": 3},
+        "stages.prune.finetune.epochs = 3: is the training's own where `rewind` repeats its learning rates; leave it "
+        "out",
+    ),
+    (
+        "stages/prune/finetune",
+        {"rewind": {"learning_rate": {"step": 1}, "step": 1}},
+        "stages.prune.finetune.rewind.learning_rate: one of step, learning_rate is needed, and no more than one",
+    ),
+    (
+        "stages/prune/finetune",
         {"epochs": 1, "steps": 2},
         "stages.prune.finetune: needs exactly one of epochs, steps",
     ),
@@ -403,7 +414,8 @@ BEGINNINGS = [
     (
         "stages/prune/finetune",
         {"epochs": 1, "rewind": "init"},
-        "stages.prune.finetune.rewind = 'init': is not known (allowed: none, initialisation, or {step: n})",
+        "stages.prune.finetune.rewind = 'init': is not known (allowed: none, initialisation, or {step: n}, "
+        "{learning_rate: {step: n}})",
     ),
     ("stages/prune/schedule", {"kind": "iterative", "rounds": 0}, "stages.prune.schedule.rounds = 0: "),
     ("stages/prune/guard", {"max_drop": -1}, "stages.prune.guard.max_drop = -1: "),

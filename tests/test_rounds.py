@@ -271,6 +271,24 @@ def test_rewinding_takes_the_same_early_weights_each_round(rewind, step):
     assert all("rewind" not in call.settings for call in calls_of(batches, "finetune"))
 
 
+def test_a_rewound_learning_rate_is_the_trainings_in_every_round():
+    again = {"rewind": {"learning_rate": {"step": 3}}, "l1": 0.1}
+    batches, last = drive({"schedule": ITERATIVE, "finetune": again})
+    assert [[call.kind for call in batch] for batch in batches] == [["score"], ["mask"], ["finetune"]] * 3
+    assert all(c.settings == {"l1": 0.1, "epochs": 2.0, "begin_step": 3} for c in calls_of(batches, "finetune"))
+    assert last.key != drive({"schedule": ITERATIVE, "finetune": {**again, "l1": 0.2}})[1].key
+
+
+def test_a_network_is_distilled_in_every_round_and_corrected_in_every_mask():
+    finetune = {"epochs": 1, "distill": {"temperature": 2.0}}
+    batches, _ = drive({"schedule": ITERATIVE, "finetune": finetune, "correct_bias_batches": 5})
+    assert [[call.kind for call in batch] for batch in batches] == [["score"], ["mask"], ["distill"]] * 3
+    taught, origin = calls_of(batches, "distill"), batches[0][0].origin
+    assert {call.inputs["teacher"] for call in taught} == {origin.ref}
+    assert all(call.settings == {"epochs": 1.0, "temperature": 2.0} for call in taught)
+    assert all(call.settings["correct_bias_batches"] == 5 for call in calls_of(batches, "mask"))
+
+
 SEARCH = {"target": {"threshold": 0.1}, "search": {"amounts": [0.1, 0.2, 0.3], "folds": 2}}
 MEANS = {0.1: 0.8, 0.2: 0.9, 0.3: 0.9}
 SPARSITIES = {0.1: 0.3, 0.2: 0.5, 0.3: 0.7}

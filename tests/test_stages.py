@@ -358,6 +358,17 @@ def test_rewinding_starts_from_the_early_weights_under_the_new_masks(shared, rew
     assert any((early[path] != late[path]).any() for path in early)
 
 
+def test_a_rewound_learning_rate_repeats_the_trainings_end_on_the_weights_that_there_are(shared):
+    training = {**TRAIN, "optimizer": {**HELD_STILL, "decay_to": 0.5}}
+    rewind = {"rewind": {"learning_rate": {"step": 3}}}
+    plan, results = run_plain(tiny(train=training, finetune={"kind": "finetune", **rewind}), shared)
+    assert plan.calls[-1].settings == {"optimizer": training["optimizer"], "steps": 8, "begin_step": 3}
+    assert plan.calls[-1].label == "finetune · 8 steps from step 3"
+    assert plan.after["finetune"] == ("train",)
+    assert arrays(shared, results["finetune"])["losses"].shape == (5,)
+    same_bytes(*(network(shared, results[name])[0] for name in ("train", "finetune")))
+
+
 def test_a_search_finds_the_threshold_that_cross_validation_prefers(shared):
     search = {"amounts": [0.05, 5.0], "folds": 2}
     prune = {**PRUNE, "target": {"threshold": 0.1}, "min_keep": 1, "search": search}

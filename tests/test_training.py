@@ -19,7 +19,7 @@ import pytest
 
 from prune_jax import training
 from prune_jax.checkpoints import Store
-from prune_jax.errors import DivergedError
+from prune_jax.errors import DivergedError, UserMistake
 from prune_jax.models import Variables, build
 from prune_jax.recipe import Optimizer, Ref
 from prune_jax.sparse_training import masked
@@ -323,6 +323,7 @@ def _step(net, *, batch_size=9, devices=1, sparse=False):
         "classification",
         ADAM,
         steps=12,
+        begin=0,
         per_epoch=6,
         batch_size=batch_size,
         l1=0.0,
@@ -331,6 +332,8 @@ def _step(net, *, batch_size=9, devices=1, sparse=False):
         gathered=True,
         devices=devices,
         sparsify=None,
+        teacher=None,
+        lesson=None,
     )
 
 
@@ -373,6 +376,27 @@ def test_every_example_is_seen_once_in_an_epoch():
     mean = optax.softmax_cross_entropy_with_integer_labels(outputs, split["y"]).mean()
     np.testing.assert_allclose(fitted.losses.reshape(3, 6).mean(1), mean, rtol=1e-5)
     assert len({row.tobytes() for row in fitted.losses.reshape(3, 6)}) == 3  # each in an order of its own
+
+
+@pytest.mark.parametrize("decay_to", [0.1, None])
+def test_rewound_learning_rates_are_those_of_the_trainings_last_steps(decay_to):
+    """A loss whose gradient is 1 shows the rate of each step in how far a bias moved."""
+    net, steps, begin = network("linear", bias=True), 9, 2
+    optimizer = Optimizer(name="sgd", learning_rate=0.5, warmup_steps=4, decay_to=decay_to)
+
+    def rates(begin):
+        options = {"objective_name": "tests.samples.tiny:first_output", "optimizer": optimizer, "steps": steps}
+        fits = [train(net, **options, begin_step=begin, stop_step=k) for k in range(steps - begin + 1)]
+        return -np.diff([fitted.variables.params["output"]["bias"][0] for fitted in fits])
+
+    t = np.arange(steps)
+    after = 1.0 if decay_to is None else 0.1 + 0.9 * (1 + np.cos(np.pi * (t - 4) / (steps - 4))) / 2
+    expected = 0.5 * np.where(t < 4, t / 4, after)
+    np.testing.assert_allclose(rates(0), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(rates(begin), expected[begin:], rtol=1e-3, atol=1e-5)
+    assert learning_rate(optimizer, steps, begin)(0) == learning_rate(optimizer, steps)(begin)
+    with pytest.raises(UserMistake, match="there is no step from 9 on: the training ends at step 9"):
+        train(net, optimizer=optimizer, steps=steps, begin_step=9)
 
 
 @pytest.mark.parametrize("penalty", ["l1", "l2"])

@@ -10,22 +10,37 @@ from prune_jax.recipe.parts import (
     Operation,
     Optimizer,
     Recovery,
-    RewindStep,
+    Rewind,
     Search,
     Target,
+    Teaching,
 )
 from prune_jax.recipe.read import built_in, check_run_name, read_recipe, validate, with_value
-from prune_jax.recipe.recipe import EXPORTS, Evaluate, Finetune, Mask, Prune, Recipe, Score, Stage, Train, untargeted
+from prune_jax.recipe.recipe import (
+    EXPORTS,
+    Distill,
+    Evaluate,
+    Finetune,
+    Mask,
+    Prune,
+    Recipe,
+    Score,
+    Stage,
+    Train,
+    untargeted,
+)
 from prune_jax.recipe.sparsify import BUILT_IN_METHODS, CustomMethod, Sparsify
-from prune_jax.recipe.wiring import NETWORKS, parents_of
+from prune_jax.recipe.wiring import NETWORKS, TUNED, parents_of
 
 __all__ = [
     "BUILT_IN_METHODS",
     "BUILT_IN_MODELS",
     "EXPORTS",
     "NETWORKS",
+    "TUNED",
     "CustomMethod",
     "Data",
+    "Distill",
     "Evaluate",
     "Finetune",
     "Frozen",
@@ -39,7 +54,7 @@ __all__ = [
     "Recipe",
     "Recovery",
     "Ref",
-    "RewindStep",
+    "Rewind",
     "Score",
     "Search",
     "Sparsify",
@@ -48,6 +63,7 @@ __all__ = [
     "StageResult",
     "Status",
     "Target",
+    "Teaching",
     "Train",
     "built_in",
     "check_run_name",

@@ -253,9 +253,27 @@ class Guard(Frozen):
 
 
 class RewindStep(Frozen):
-    """Weights as they were after so many training steps."""
+    """A step of the training."""
 
     step: int = Field(ge=0)
+
+
+class Rewind(Frozen):
+    """What is as it was at a step of the training: the weights, or the learning rate alone."""
+
+    step: int | None = Field(default=None, ge=0, description="weights as they were after so many training steps")
+    learning_rate: RewindStep | None = Field(
+        default=None,
+        description="weights stay; the training is repeated from there to its end, with its optimizer and its learning "
+        "rates (Renda et al. 2020, arXiv:2003.02389)",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Rewind:
+        if (self.step is None) == (self.learning_rate is None):
+            word = "learning_rate" if self.learning_rate else "step"
+            raise mistake(word, "one of step, learning_rate is needed, and no more than one")
+        return self
 
 
 class Recovery(Frozen):
@@ -266,7 +284,7 @@ class Recovery(Frozen):
     steps: int | None = Field(default=None, ge=1)
     l1: float = Field(default=0.0, ge=0)
     l2: float = Field(default=0.0, ge=0)
-    rewind: Literal["none", "initialisation"] | RewindStep = Field(
+    rewind: Literal["none", "initialisation"] | Rewind = Field(
         default="none", description="start from the weights at initialisation or at a step (Frankle 2019, 2020)"
     )
     moments: Literal["fresh", "kept"] = Field(
@@ -274,17 +292,54 @@ class Recovery(Frozen):
     )
     store_moments: bool = Field(default=False, description="with the network, for a stage whose `moments` are kept")
 
+    @property
+    def repeated_from(self) -> int | None:
+        """The step from which the training's learning rates are repeated; None if they are not."""
+        again = self.rewind.learning_rate if isinstance(self.rewind, Rewind) else None
+        return again.step if again else None
+
     @model_validator(mode="after")
     def _one_length(self) -> Recovery:
-        if (self.epochs is None) == (self.steps is None):
+        if self.repeated_from is not None:
+            own = {name: Recovery.model_fields[name].default for name in ("optimizer", "epochs", "steps")}
+            if given := [name for name, default in own.items() if getattr(self, name) != default]:
+                raise mistake(given[0], "is the training's own where `rewind` repeats its learning rates; leave it out")
+        elif (self.epochs is None) == (self.steps is None):
             raise ValueError("needs exactly one of epochs, steps")
         return self
 
     @model_validator(mode="after")
     def _moments_belong_to_weights(self) -> Recovery:
-        if self.moments == "kept" and self.rewind != "none":
+        if self.moments == "kept" and self.rewind != "none" and self.repeated_from is None:
             raise mistake("moments", "belong to the weights that `rewind` replaces: leave one of the two out")
         return self
+
+
+class Teaching(Frozen):
+    """What a network learns from another one beside the labels (Hinton et al. 2015, arXiv:1503.02531)."""
+
+    teacher: str | None = Field(default=None, description="the stage whose network it is; left out, the dense training")
+    temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="softmax(outputs / temperature) of the two is matched; left out, 4 with objective classification, "
+        "and with others the outputs themselves, by their mean squared difference",
+    )
+    soft: float = Field(
+        default=0.9, ge=0, le=1, description="weight of the match; the objective's own loss has the rest"
+    )
+    features: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="{pattern of kernels: weight}: what they are multiplied with is matched too, by its mean squared "
+        "difference (FitNets, Romero et al. 2015, arXiv:1412.6550)",
+        examples=[{"output": 1.0}],
+    )
+
+
+class RoundRecovery(Recovery):
+    """Training on under masks after each round of pruning."""
+
+    distill: Teaching | None = Field(default=None, description="towards a teacher")
 
 
 class Search(Frozen):

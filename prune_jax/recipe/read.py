@@ -16,7 +16,7 @@ from prune_jax.recipe.recipe import Recipe
 
 RECIPES = resources.files("prune_jax.recipes")
 # What these fields take beside the words that they know.
-OTHER_FORMS = {"scope": "a table {pattern: sparsity}", "rewind": "{step: n}"}
+OTHER_FORMS = {"scope": "a table {pattern: sparsity}", "rewind": "{step: n}, {learning_rate: {step: n}}"}
 
 
 def built_in() -> dict[str, str]:

@@ -21,14 +21,16 @@ from prune_jax.recipe.parts import (
     Operation,
     Optimizer,
     Recovery,
+    RoundRecovery,
     Schedule,
     Search,
     Spare,
     Target,
+    Teaching,
     mistake,
 )
 from prune_jax.recipe.sparsify import Sparsify
-from prune_jax.recipe.wiring import check_wiring, parents_of
+from prune_jax.recipe.wiring import TUNED, check_wiring, parents_of
 
 Matrix = dict[str, Annotated[list[Any], Field(min_length=1)]]
 
@@ -88,13 +90,24 @@ class Train(Stage):
         return self
 
 
-class Finetune(Stage, Recovery):
-    """Trains on under the masks of the network it takes."""
+class Retraining(Stage, Recovery):
+    """What stages say that train a network on."""
 
-    kind: Literal["finetune"]
     sparsify: Sparsify | None = Field(
         default=None, description="prunes while it trains, a network without masks; the masks come with the network"
     )
+
+
+class Finetune(Retraining):
+    """Trains on under the masks of the network it takes."""
+
+    kind: Literal["finetune"]
+
+
+class Distill(Retraining, Teaching):
+    """Trains on, as `finetune` does, towards what a teacher answers."""
+
+    kind: Literal["distill"]
 
 
 class Prunable(Frozen):
@@ -191,20 +204,31 @@ def untargeted(written: Any) -> str:
     return str(granularity) if granularity.fixed else "table"
 
 
-class Mask(Stage, Allocation):
+class Correction(Frozen):
+    """What makes up for what dies."""
+
+    correct_bias_batches: int | None = Field(
+        default=None,
+        ge=1,
+        description="biases take over the mean of what died, over so many batches of the training split "
+        "(after Nagel et al. 2019, arXiv:1906.04721)",
+    )
+
+
+class Mask(Stage, Allocation, Correction):
     """Masks the lowest scores."""
 
     kind: Literal["mask"]
     spare: Spare = ()
 
 
-class Prune(Stage, Prunable, Allocation):
+class Prune(Stage, Prunable, Allocation, Correction):
     """Rounds of score, mask, fine-tune."""
 
     kind: Literal["prune"]
     criterion: Criterion
     schedule: Schedule = OneShot(kind="one_shot")
-    finetune: Recovery | None = None
+    finetune: RoundRecovery | None = None
     guard: Guard | None = None
     search: Search | None = None
 
@@ -228,6 +252,11 @@ class Prune(Stage, Prunable, Allocation):
                 raise ValueError("search goes with `schedule: {kind: one_shot}`")
             for amount in self.search.amounts:
                 _check_amount(word, amount)
+            if self.finetune and self.finetune.distill and self.finetune.distill.teacher:
+                message = (
+                    "has seen what the folds of `search` hold out; leave it out: each fold learns from its training"
+                )
+                raise mistake("finetune.distill.teacher", message)
         if self.guard is not None and self.guard.breach.action == "back_off" and word != "sparsity":
             raise mistake("guard.breach.action", f"bisects a sparsity, but the target is {word}; write stop or fail")
         return self
@@ -293,7 +322,9 @@ class Evaluate(Stage):
         return (self.of,) if isinstance(self.of, str) else tuple(self.of or ())
 
 
-AnyStage = Annotated[Train | Score | Mask | Finetune | Prune | Compact | Export | Evaluate, Field(discriminator="kind")]
+AnyStage = Annotated[
+    Train | Score | Mask | Finetune | Distill | Prune | Compact | Export | Evaluate, Field(discriminator="kind")
+]
 
 
 class Recipe(Frozen):
@@ -333,10 +364,22 @@ class Recipe(Frozen):
                 check_units(stage, stages[wiring[name][0]].granularity, f"{name}.")
         check_moments(stages, wiring)
         for name, stage in stages.items():
-            if stage.kind == "finetune" and stage.sparsify and (masked := _masked_by(wiring[name][0], stages, wiring)):
+            if stage.kind in TUNED and stage.sparsify and (masked := _masked_by(wiring[name][0], stages, wiring)):
                 message = f"{masked} has masked the network already; take one without masks, such as a train stage's"
                 raise mistake(f"{name}.sparsify", message)
         return stages
+
+    @model_validator(mode="after")
+    def _temperatures_have_softmaxes(self) -> Recipe:
+        for name, stage in self.stages.items():
+            teaching: Teaching | None
+            teaching, where = (stage, name) if isinstance(stage, Distill) else (None, name)
+            if isinstance(stage, Prune) and stage.finetune:
+                teaching, where = stage.finetune.distill, f"{name}.finetune.distill"
+            if teaching and teaching.temperature and self.objective in {"regression", "reconstruction"}:
+                message = f"is one of class probabilities, but {self.objective} answers numbers; leave it out"
+                raise mistake(f"stages.{where}.temperature", message)
+        return self
 
 
 def _masked_by(name: str, stages: dict[str, Any], wiring: dict[str, tuple[str, ...]]) -> str | None:

@@ -9,12 +9,14 @@ from prune_jax.errors import did_you_mean
 from prune_jax.recipe.parts import mistake
 
 # What each kind takes: the kinds whose result will do.
-NETWORKS = ("train", "mask", "finetune", "prune", "compact")
+NETWORKS = ("train", "mask", "finetune", "distill", "prune", "compact")
+TUNED = ("finetune", "distill")  # train a network on
 TAKES = {
     "train": (),
     "score": NETWORKS,
     "mask": ("score",),
     "finetune": NETWORKS,
+    "distill": NETWORKS,
     "prune": NETWORKS,
     "compact": NETWORKS,
     "export": NETWORKS,
@@ -23,12 +25,13 @@ TAKES = {
 
 
 def parents_of(stages: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """For each stage the stages whose results it takes: those it names, else the one above that fits."""
+    """By stage, those whose results it takes: those that it names, else the one above that fits; and a teacher."""
     above: list[str] = []
     wiring = {}
     for name, stage in stages.items():
         fitting = [n for n in above if stages[n].kind in TAKES[stage.kind]]
-        wiring[name] = stage.parents or ((fitting[-1],) if fitting and TAKES[stage.kind] else ())
+        teacher = tuple(teacher for _, teacher in _taught(stage))
+        wiring[name] = (*(stage.parents or ((fitting[-1],) if fitting and TAKES[stage.kind] else ())), *teacher)
         above.append(name)
     return wiring
 
@@ -39,20 +42,20 @@ def check_wiring(stages: Mapping[str, Any]) -> None:
     for name, stage in stages.items():
         fit = TAKES[stage.kind]
         field = "of" if getattr(stage, "of", None) else "after"
-        for parent in stage.parents:
+        for where, parent in (*((field, parent) for parent in stage.parents), *_taught(stage)):
             if parent not in stages:
                 raise mistake(
-                    f"{name}.{field}", f"names no stage{did_you_mean(parent, stages)} (stages above: {_listed(above)})"
+                    f"{name}.{where}", f"names no stage{did_you_mean(parent, stages)} (stages above: {_listed(above)})"
                 )
             if parent not in above:
                 raise mistake(
-                    f"{name}.{field}",
+                    f"{name}.{where}",
                     f"names {parent!r}, which does not come before it (stages above: {_listed(above)})",
                 )
             if stages[parent].kind not in fit:
                 wanted = f"a {' or '.join(fit)} stage" if fit else "no other stage's result"
                 raise mistake(
-                    f"{name}.{field}",
+                    f"{name}.{where}",
                     f"names {parent!r}, a {stages[parent].kind} stage, but {stage.kind} takes {wanted}",
                 )
         if fit and not stage.parents and not any(stages[n].kind in fit for n in above):
@@ -60,6 +63,14 @@ def check_wiring(stages: Mapping[str, Any]) -> None:
                 f"{name}.kind", f"{stage.kind} takes the result of a {' or '.join(fit)} stage, and none stands above it"
             )
         above.append(name)
+
+
+def _taught(stage: Any) -> tuple[tuple[str, str], ...]:
+    """Where a stage names its teacher, and whom; nothing if it names none."""
+    teaching = getattr(getattr(stage, "finetune", None), "distill", None)
+    where, teacher = ("finetune.distill.teacher", teaching.teacher) if teaching else ("teacher", None)
+    teacher = teacher or getattr(stage, "teacher", None)
+    return ((where, teacher),) if teacher else ()
 
 
 def _listed(names: list[str]) -> str:

@@ -13,7 +13,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import DamagedArtifactError
 from prune_jax.recipe import Ref
 from prune_jax.report.tables import HIGHER_IS_BETTER, Record, dense_of, primary_metric
-from prune_jax.roles import is_control, lineage, role_of
+from prune_jax.roles import TUNED, is_control, lineage, role_of
 from prune_jax.trees import leaves_by_path
 
 SHOWN_NETWORKS = 4  # whose weights and losses are drawn; a matrix may have hundreds
@@ -172,7 +172,7 @@ def rounds_of(store: Store, record: Record, name: str) -> list[dict[str, Any]]:
     last: dict[str, dict[str, Any]] = {}
     for turn, stage in turns.items():
         number, _, word = turn.removeprefix(f"{name}.").partition(".")
-        if word in {"mask", "finetune"} and stage["status"] in {"ran", "cached"} and stage.get("metrics"):
+        if word in {"mask", *TUNED} and stage["status"] in {"ran", "cached"} and stage.get("metrics"):
             last[number] = {"round": int(number), "level": None, "kept": True, **stage}
     if last and all(good) and stages[name]["status"] == "failed":
         list(last.values())[-1]["kept"] = False  # all went well but for the guard, which stops at the breach
@@ -419,13 +419,13 @@ def loss_panels(arrays: Arrays, record: Record, networks: list[str]) -> list[Los
     stages = record["stages"]
     panels = []
     told = {n: s for n, s in stages.items() if owner(n, stages) is None and s["status"] in {"ran", "cached", "failed"}}
-    for base in dict.fromkeys(base_name(n) for n, s in told.items() if s["kind"] in {"train", "finetune", "prune"}):
+    for base in dict.fromkeys(base_name(n) for n, s in told.items() if s["kind"] in {"train", "prune", *TUNED}):
         siblings = [n for n in told if base_name(n) == base]
         shown = [n for n in siblings if n in networks] or siblings[:SHOWN_NETWORKS]
         curves = []
         for name in shown:
             if told[name]["kind"] == "prune":
-                refs = [(r["kind"], r["key"]) for r in rounds_of(arrays.store, record, name) if r["kind"] == "finetune"]
+                refs = [(r["kind"], r["key"]) for r in rounds_of(arrays.store, record, name) if r["kind"] in TUNED]
             else:
                 refs = [(told[name]["kind"], told[name]["key"])] if told[name]["status"] != "failed" else []
             parts = [
@@ -437,6 +437,11 @@ def loss_panels(arrays: Arrays, record: Record, networks: list[str]) -> list[Los
             if any(part.size for part in parts):
                 curves.append(Losses(name, parts))
         if curves:
-            what = {"train": "training", "finetune": "fine-tuning", "prune": "fine-tuning, round after round"}
+            what = {
+                "train": "training",
+                "finetune": "fine-tuning",
+                "distill": "distillation",
+                "prune": "fine-tuning, round after round",
+            }
             panels.append(LossPanel(f"{base}: {what[told[siblings[0]]['kind']]}", curves, len(siblings) - len(curves)))
     return panels

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from prune_jax.roles import role_of
+from prune_jax.roles import descends, role_of
 
 Record = Mapping[str, Any]
 
@@ -88,7 +88,7 @@ def dense_of(record: Record, network: str) -> str | None:
             return name
         if name not in seen:
             seen.add(name)
-            ahead += stages.get(name, {}).get("after", [])
+            ahead += descends(stages, name)
     return next((n for n, r in results.items() if r.get("kind") == "train"), None)
 
 
