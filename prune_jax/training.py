@@ -25,7 +25,7 @@ from prune_jax.models import Network, Variables
 from prune_jax.moments import moments_of, with_moments
 from prune_jax.objectives import inputs_of, objective, penalty
 from prune_jax.recipe import Optimizer, Sparsify
-from prune_jax.sparse_training import MaskedState, masked
+from prune_jax.sparse_training import MaskedState, masked, settle
 from prune_jax.sparsification import sparsified
 from prune_jax.trees import PyTree
 
@@ -118,7 +118,7 @@ def make_step(
     goal = objective(objective_name)
     transformation = make_optimizer(optimizer, steps)
     if sparsify is not None:
-        transformation = _sparsified(optimizer, steps, sparsify, 0)  # the state has the key
+        transformation = _sparsified(optimizer, steps, per_epoch * batch_size, sparsify, 0)  # the state has the key
     if sparse:
         transformation = masked(transformation, None)
     spread = _spread(devices)
@@ -230,7 +230,8 @@ def fit(
     if sparsify is None:
         state = _begin(variables, optimizer, total, masks, moments)
     else:
-        state = _begin_sparsified(variables, optimizer, total, sparsify, seed, moments)
+        wrapped = _sparsified(optimizer, total, per_epoch * batch_size, sparsify, seed)
+        state = _begin_sparsified(variables, optimizer, total, wrapped, moments)
     start = 0
     if checkpoints is not None and (found := checkpoints.latest(jax.tree.map(np.asarray, state))):
         start, state = found
@@ -251,6 +252,7 @@ def fit(
     clock.finish(state)
     params, last = jax.device_get((state.params, state.state))
     if sparsify is not None:
+        params = jax.device_get(settle(state.params, state.optimizer))
         masks = jax.device_get(state.optimizer.masks)
     inner = state.optimizer if masks is None else state.optimizer.inner
     return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start, moments_of(inner), masks)
@@ -273,17 +275,22 @@ def _begin(
 
 
 def _sparsified(
-    optimizer: Optimizer, steps: int, sparsify: Sparsify, seed: int
+    optimizer: Optimizer, steps: int, examples: int, sparsify: Sparsify, seed: int
 ) -> optax.GradientTransformationExtraArgs:
     inner, rate = make_optimizer(optimizer, steps), learning_rate(optimizer, steps)
-    return sparsified(inner, sparsify, steps=steps, learning_rate=rate, key=jax.random.key(seed))
+    key = jax.random.key(seed)
+    return sparsified(inner, sparsify, steps=steps, examples=examples, learning_rate=rate, key=key)
 
 
 def _begin_sparsified(
-    variables: Variables, optimizer: Optimizer, steps: int, sparsify: Sparsify, seed: int, moments: PyTree | None
+    variables: Variables,
+    optimizer: Optimizer,
+    steps: int,
+    wrapped: optax.GradientTransformationExtraArgs,
+    moments: PyTree | None,
 ) -> TrainState:
     plain = _begin(variables, optimizer, steps, None, moments)
-    state = _sparsified(optimizer, steps, sparsify, seed).init(plain.params)
+    state = wrapped.init(plain.params)
     params = apply_masks(plain.params, state.masks)
     if moments is not None:
         state = state._replace(inner=plain.optimizer)

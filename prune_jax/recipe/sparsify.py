@@ -20,6 +20,8 @@ Exclude = Annotated[tuple[str, ...], Field(description="patterns of parameters t
 Floor = Annotated[int, Field(ge=0, description="so many weights of each layer survive whatever their scores")]
 Drop = Annotated[float, Field(gt=0, lt=1, description="share of a layer's living weights that moves at a change")]
 
+Rate = Annotated[float, Field(gt=0, description="of the Adam that trains what stands beside the weights")]
+
 
 def _in_order(begin: float, end: float) -> None:
     if begin >= end:
@@ -152,6 +154,55 @@ class ProximalL1(Frozen):
     exclude: Exclude = ()
 
 
+class SoftThreshold(Frozen):
+    """Each layer learns below which size its weights are zero (STR, Kusupati et al. 2020, arXiv:2002.03231)."""
+
+    kind: Literal["soft_threshold"]
+    decay: float = Field(default=1e-3, ge=0, description="pulls thresholds up; larger kills more")
+    start: float = Field(default=-6.0, description="the first threshold is its sigmoid")
+    learning_rate: Rate = 0.01
+    exclude: Exclude = ()
+
+
+class L0(Frozen):
+    """Stochastic gates, of which training closes all it can do without (Louizos et al. 2018, arXiv:1712.01312)."""
+
+    kind: Literal["l0"]
+    l0: float = Field(default=1e-5, ge=0, description="weight of the number of living weights beside the loss")
+    drop: Drop = Field(default=0.1, description="how closed the gates are at first")
+    learning_rate: Rate = 0.01
+    exclude: Exclude = ()
+
+
+class VariationalDropout(Frozen):
+    """Noise on each weight, in which training drowns what it can do without (Molchanov et al. 2017, arXiv:1701.05369)."""
+
+    kind: Literal["variational_dropout"]
+    weight: float = Field(default=1.0, ge=0, description="of the divergence beside the loss, which rises to it from")
+    begin: Share = 0.0
+    end: Share = 0.5
+    threshold: float = Field(default=3.0, description="of log alpha; above it a weight is dead")
+    learning_rate: Rate = 0.01
+    exclude: Exclude = ()
+
+    @model_validator(mode="after")
+    def _rises(self) -> VariationalDropout:
+        _in_order(self.begin, self.end)
+        return self
+
+
 Sparsify = Annotated[
-    Gradual | Movement | Static | Set | Rigl | Ste | Surgery | AcDc | ProximalL1, Field(discriminator="kind")
+    Gradual
+    | Movement
+    | Static
+    | Set
+    | Rigl
+    | Ste
+    | Surgery
+    | AcDc
+    | ProximalL1
+    | SoftThreshold
+    | L0
+    | VariationalDropout,
+    Field(discriminator="kind"),
 ]
