@@ -158,7 +158,7 @@ class SoftThreshold(Frozen):
     """Each layer learns below which size its weights are zero (STR, Kusupati et al. 2020, arXiv:2002.03231)."""
 
     kind: Literal["soft_threshold"]
-    decay: float = Field(default=1e-3, ge=0, description="pulls thresholds up; larger kills more")
+    decay: float = Field(default=0.1, ge=0, description="pulls thresholds up; larger kills more")
     start: float = Field(default=-6.0, description="the first threshold is its sigmoid")
     learning_rate: Rate = 0.01
     exclude: Exclude = ()
@@ -168,21 +168,21 @@ class L0(Frozen):
     """Stochastic gates, of which training closes all it can do without (Louizos et al. 2018, arXiv:1712.01312)."""
 
     kind: Literal["l0"]
-    l0: float = Field(default=1e-5, ge=0, description="weight of the number of living weights beside the loss")
+    l0: float = Field(default=1e-4, ge=0, description="weight of the number of living weights beside the loss")
     drop: Drop = Field(default=0.1, description="how closed the gates are at first")
     learning_rate: Rate = 0.01
     exclude: Exclude = ()
 
 
 class VariationalDropout(Frozen):
-    """Noise on each weight, in which training drowns what it can do without (Molchanov et al. 2017, arXiv:1701.05369)."""
+    """Noise on each weight, which drowns what is not needed (Molchanov et al. 2017, arXiv:1701.05369)."""
 
     kind: Literal["variational_dropout"]
-    weight: float = Field(default=1.0, ge=0, description="of the divergence beside the loss, which rises to it from")
+    weight: float = Field(default=0.1, ge=0, description="of the divergence; it rises to it from `begin` to `end`")
     begin: Share = 0.0
     end: Share = 0.5
     threshold: float = Field(default=3.0, description="of log alpha; above it a weight is dead")
-    learning_rate: Rate = 0.01
+    learning_rate: Rate = 0.003
     exclude: Exclude = ()
 
     @model_validator(mode="after")

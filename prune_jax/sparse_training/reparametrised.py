@@ -1,8 +1,8 @@
 """Methods that train other variables than the network's weights: STR, L0 gates, sparse variational dropout.
 
 The network's parameters are w' = f(w, v, noise). The state holds the weights w, which the optimizer steps, and beside
-them v, thresholds, gates or variances, with an optimizer of their own; the gradient by w' is pulled back through f. What
-has noise in training has none in the end: `settle` answers the weights to use, zero where the masks are False.
+them v, thresholds, gates or variances, with an optimizer of their own; the gradient by w' is pulled back through f.
+What has noise in training has none in the end: `settle` answers the weights to use, zero where the masks are False.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ K1, K2, K3 = 0.63576, 1.87320, 1.48695  # of the approximation to the divergence
 
 @dataclass(frozen=True)
 class Form:
-    """A reparametrisation of one leaf; all arrays are float32, w and v as in the module's docstring."""
+    """A reparametrisation of one leaf; w and v as in the module's docstring, w in float32 or wider."""
 
     name: str  # of v in the state's memory
-    start: Callable[[jax.Array], jax.Array]  # w -> v
-    effective: Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]  # w, v, key -> w'
+    start: Callable[[jax.Array], jax.Array]  # w -> v, float32
+    effective: Callable[[jax.Array, jax.Array, Any], jax.Array]  # w, v, key -> w'
     penalty: Callable[[jax.Array, jax.Array], jax.Array]  # w, v -> [], added to the loss
     alive: Callable[[jax.Array, jax.Array], jax.Array]  # w, v -> bool
 
@@ -79,12 +79,13 @@ def soft_threshold(
         penalty=lambda w, s: decay / 2 * jnp.square(s),
         alive=lambda w, s: _shrunk(w, s) != 0,
     )
-    return _reparametrised(inner, form, optimizer=optimizer, prunable=prunable, exclude=exclude)
+    own = optax.adam(1e-2) if optimizer is None else optimizer
+    return _reparametrised(inner, form, own, prunable=prunable, exclude=exclude)
 
 
 @method(
     "l0",
-    formula="w' = w z, z hard concrete with log alpha trained; loss + l0 sum P(z != 0); dead where the gate at rest is 0",
+    formula="w' = w z, z hard concrete with log alpha trained; loss + l0 sum P(z != 0); dead where z at rest is 0",
     paper="Louizos et al. 2018, arXiv:1712.01312",
 )
 def l0(
@@ -103,7 +104,7 @@ def l0(
     beta = 2/3; P(z != 0) = sigmoid(log alpha - beta log(0.1 / 1.1)). At rest z = min(1, max(0, 1.2 sigmoid(log alpha)
     - 0.1)), and what has z = 0 is dead: `settle`.
 
-    Deviation from the paper: one draw of the gates for a batch, as in its section 4.1, but of each weight, not of groups.
+    Deviation from the paper: one draw of the gates for a batch, of each weight by itself; there, most are of groups.
 
     Args:
         inner: any optimizer; it steps w.
@@ -127,7 +128,8 @@ def l0(
         penalty=lambda w, a: l0 * jnp.sum(jax.nn.sigmoid(a - BETA * math.log(-GAMMA / ZETA))),
         alive=lambda w, a: _gate(a) > 0,
     )
-    return _reparametrised(inner, form, optimizer=optimizer, key=key, prunable=prunable, exclude=exclude)
+    own = optax.adam(1e-2) if optimizer is None else optimizer
+    return _reparametrised(inner, form, own, key=key, prunable=prunable, exclude=exclude)
 
 
 @method(
@@ -140,7 +142,7 @@ def variational_dropout(
     *,
     examples: int,
     key: jax.Array,
-    weight: float = 1.0,
+    weight: float = 0.1,
     begin: int = 0,
     end: int = 0,
     threshold: float = 3.0,
@@ -156,8 +158,9 @@ def variational_dropout(
     k3 = 1.48695). w and log sigma^2 are trained; what has log alpha > threshold is dead, the others are their mean w:
     `settle`.
 
-    Deviation from the paper: noise on weights, one draw for a batch; noise on each example's pre-activations (local
-    reparametrisation) is not possible in any JAX function. The gradient is as unbiased and varies more.
+    Deviations from the paper: noise on weights, one draw for a batch, since noise on each example's pre-activations
+    (local reparametrisation) is not possible for any JAX function; the gradient is as unbiased and varies more. So the
+    KL weighs less unless told: at 1, some thousand examples are underfitted.
 
     Args:
         inner: any optimizer; it steps w.
@@ -168,7 +171,7 @@ def variational_dropout(
         end: until this step.
         threshold: of log alpha; at 3, a weight's noise is 4.5 times its mean.
         start: log sigma^2 as the transformation is initialised.
-        optimizer: steps log sigma^2; left out, Adam at 0.01.
+        optimizer: steps log sigma^2; left out, Adam at 0.003.
         prunable: patterns of the leaves that may be pruned; left out, floating leaves of two axes or more.
         exclude: patterns of leaves that stay dense.
 
@@ -188,8 +191,8 @@ def variational_dropout(
         alive=lambda w, v: _log_alpha(w, v) <= threshold,
     )
     ramp = optax.linear_schedule(0.0, 1.0, end - begin, begin) if end > begin else optax.constant_schedule(1.0)
-    options: dict[str, Any] = {"optimizer": optimizer, "key": key, "prunable": prunable, "exclude": exclude}
-    return _reparametrised(inner, form, ramp=ramp, **options)
+    own = optax.adam(3e-3) if optimizer is None else optimizer
+    return _reparametrised(inner, form, own, key=key, ramp=ramp, prunable=prunable, exclude=exclude)
 
 
 def settle(params: PyTree, state: SparseState | MaskedState) -> PyTree:
@@ -215,7 +218,7 @@ def settle(params: PyTree, state: SparseState | MaskedState) -> PyTree:
         return params
     settled = apply_masks(memory["latent"], state.masks)
     if "log_alpha" in memory:
-        settled = jax.tree.map(lambda w, a: (w * _gate(a)).astype(w.dtype), settled, memory["log_alpha"])
+        settled = jax.tree.map(lambda w, a: (_wide(w) * _gate(a)).astype(w.dtype), settled, memory["log_alpha"])
     return _filled(params, settled)
 
 
@@ -244,8 +247,8 @@ def _at_least_zero(name: str, value: float) -> None:
 def _reparametrised(
     inner: optax.GradientTransformation,
     form: Form,
+    own: optax.GradientTransformation,
     *,
-    optimizer: optax.GradientTransformation | None,
     key: jax.Array | None = None,
     ramp: optax.Schedule = lambda step: 1.0,
     prunable: Iterable[str] | None,
@@ -258,61 +261,67 @@ def _reparametrised(
     Args:
         inner: any optimizer; it sees the gradient by w, and w.
         form: what w' is.
-        optimizer: of v.
+        own: the optimizer of v.
         key: what noise is drawn from.
         ramp: step -> share of the penalty.
         prunable: patterns of the leaves that may be pruned.
         exclude: patterns of leaves that stay dense.
     """
     inner = optax.with_extra_args_support(inner)
-    beside = optax.adam(1e-2) if optimizer is None else optimizer
-
-    def wide(function: Callable[..., jax.Array], *trees: PyTree) -> PyTree:
-        return jax.tree.map(lambda w, *more: function(w.astype(jnp.float32), *more), *trees)
 
     def seen(w: PyTree, v: PyTree, key_now: jax.Array | None) -> PyTree:
         leaves, structure = jax.tree.flatten(w)
         keys = [None] * len(leaves) if key_now is None else list(jax.random.split(key_now, len(leaves)))
-        return wide(form.effective, w, v, jax.tree.unflatten(structure, keys))
+        return _each(form.effective, w, v, jax.tree.unflatten(structure, keys))
 
     def init(params: PyTree) -> SparseState:
         masks = dense_masks(params, prunable, exclude)
         w = jax.tree.map(jnp.copy, of_masked(params, masks))  # the step may donate both
-        v = wide(form.start, w)
-        memory = {"latent": w, form.name: v, "optimizer": beside.init(v)}
+        v = _each(form.start, w)
+        memory = {"latent": w, form.name: v, "optimizer": own.init(v)}
         state = inner.init(params)
-        return SparseState(wide(form.alive, w, v), state, jnp.zeros((), jnp.int32), key_data(key), memory)
+        return SparseState(_each(form.alive, w, v), state, jnp.zeros((), jnp.int32), key_data(key), memory)
 
     def update(
         updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, SparseState]:
         params, later = needed(params), state._replace(step=state.step + 1)
         w, v = state.memory["latent"], state.memory[form.name]
-        key_now = step_key(key, state)
 
         def composed(w: PyTree, v: PyTree) -> tuple[PyTree, jax.Array]:
-            shown = jax.tree.map(lambda e, u: e.astype(u.dtype), seen(w, v, key_now), of_masked(updates, w))
-            return shown, sum(jax.tree.leaves(wide(form.penalty, w, v)), jnp.zeros(()))
+            shown = jax.tree.map(
+                lambda e, u: e.astype(u.dtype), seen(w, v, step_key(key, state)), of_masked(updates, w)
+            )
+            return shown, sum(jax.tree.leaves(_each(form.penalty, w, v)), jnp.zeros(()))
 
         (_, penalty), pull = jax.vjp(composed, w, v)
         by_w, by_v = pull((of_masked(updates, w), jnp.asarray(ramp(state.step), penalty.dtype)))
         dense, gradients = _filled(params, w), _filled(updates, by_w)
         steps, moved = inner.update(gradients, state.inner, dense, **extra)
-        own, own_state = beside.update(by_v, state.memory["optimizer"], v)
-        w, v = optax.apply_updates(w, of_masked(steps, w)), optax.apply_updates(v, own)
+        turns, own_state = own.update(by_v, state.memory["optimizer"], v)
+        w, v = optax.apply_updates(w, of_masked(steps, w)), optax.apply_updates(v, turns)
         shown = leaves_by_path(seen(w, v, step_key(key, later)))
 
         def step(path: str, u: jax.Array, old: jax.Array) -> jax.Array:
             if path not in shown:
                 return u
-            new = shown[path].astype(old.dtype)
-            return jnp.where(new == 0, -old, new.astype(jnp.float32) - old.astype(jnp.float32))  # w + (-w) is 0
+            new, old = _wide(shown[path].astype(old.dtype)), _wide(old)  # so that the sum rounds once
+            return jnp.where(new == 0, -old, new - old)  # w + (-w) is 0
 
         out = jax.tree.map(step, map_by_path(lambda path, _: path, params), steps, params)
         memory = {"latent": w, form.name: v, "optimizer": own_state}
-        return out, SparseState(wide(form.alive, w, v), moved, later.step, state.key, memory)
+        return out, SparseState(_each(form.alive, w, v), moved, later.step, state.key, memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(w: jax.Array) -> jax.Array:
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
+
+
+def _each(function: Callable[..., jax.Array], *trees: PyTree) -> PyTree:
+    """`function(w, ...)` of every leaf, w in float32 at least."""
+    return jax.tree.map(lambda w, *more: function(_wide(w), *more), *trees)
 
 
 def _filled(params: PyTree, part: PyTree) -> PyTree:
