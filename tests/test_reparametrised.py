@@ -43,55 +43,39 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def keys_at(t):
-    return dict(zip(MASKED, jax.random.split(jax.random.fold_in(KEY, t), 2), strict=True))
-
-
-def plainly(name, w, v, key):
+def plainly(name, w, v, noise):
     """The weights that the network sees, and the penalty of a leaf, as the papers have them."""
     if name == "soft_threshold":
         bar = 1 / (1 + jnp.exp(-v))
         return jnp.where(jnp.abs(w) > bar, w - jnp.sign(w) * bar, 0.0), 0.25 * v**2
     if name == "l0":
-        y = 1 / (1 + jnp.exp(-(jax.random.logistic(key, w.shape) + v) * 1.5))
+        y = 1 / (1 + jnp.exp(-(noise + v) * 1.5))
         z = jnp.minimum(1.0, jnp.maximum(0.0, y * 1.2 - 0.1))
         return w * z, jnp.sum(1 / (1 + jnp.exp(-(v - 2 / 3 * math.log(0.1 / 1.1)))))
     log_alpha = v - jnp.log(w**2 + 1e-8)
     negative = 0.63576 / (1 + jnp.exp(-(1.8732 + 1.48695 * log_alpha))) - 0.5 * jnp.log1p(jnp.exp(-log_alpha)) - 0.63576
-    return w + jnp.sqrt(jnp.exp(v)) * jax.random.normal(key, w.shape), -0.25 * jnp.sum(negative)
+    return w + jnp.sqrt(jnp.exp(v)) * noise, -0.25 * jnp.sum(negative)
 
 
-def composed(name, inner, steps):
-    """The oracle: Optax on w and on v, by `jax.grad` of loss(w') + penalty; what the network sees after each step."""
-    tree = network()
-    structure = jax.tree.structure(tree)
-    w = leaves_by_path(tree)
-    v = {path: jnp.asarray(BESIDE[name](w[path])) for path in MASKED}
+def composed(name, inner):
+    """The oracle: Optax on w and v by `jax.grad` of loss(w') + penalty; a step answers w' before it."""
 
-    def seen(w, v, keys):
-        return jax.tree.unflatten(
-            structure, [plainly(name, x, v[p], keys[p])[0] if p in v else x for p, x in w.items()]
-        )
-
-    def total(tree, v, keys, batch, ramp):
-        w = leaves_by_path(tree)
-        return loss(seen(w, v, keys), batch) + ramp * sum(plainly(name, w[p], v[p], keys[p])[1] for p in v)
+    def total(w, v, noise, batch, ramp):
+        leaves, noise = leaves_by_path(w), leaves_by_path(noise)
+        made = {p: plainly(name, leaf, v[p], noise.get(p)) if p in v else (leaf, 0.0) for p, leaf in leaves.items()}
+        seen = jax.tree.unflatten(jax.tree.structure(w), [leaf for leaf, _ in made.values()])
+        return loss(seen, batch) + ramp * sum(penalty for _, penalty in made.values()), seen
 
     @jax.jit
-    def step(tree, v, state, own, keys, later, batch, ramp):
-        by_w, by_v = jax.grad(total, argnums=(0, 1))(tree, v, keys, batch, ramp)
-        updates, state = inner.update(by_w, state, tree)
-        turns, own = OWN.update(by_v, own, v)
-        tree, v = optax.apply_updates(tree, updates), optax.apply_updates(v, turns)
-        return tree, v, state, own, seen(leaves_by_path(tree), v, later)
+    def step(w, v, states, noise, batch, ramp):
+        gradients, seen = jax.grad(total, argnums=(0, 1), has_aux=True)(w, v, noise, batch, ramp)
+        updates, moved = inner.update(gradients[0], states[0], w)
+        turns, own = OWN.update(gradients[1], states[1], v)
+        return seen, optax.apply_updates(w, updates), optax.apply_updates(v, turns), (moved, own)
 
-    state, own = inner.init(tree), OWN.init(v)
-    found = [(seen(w, v, keys_at(0)), w, v)]
-    for t in range(steps):
-        ramp = min(max((t - 1) / 3, 0.0), 1.0) if name == "variational_dropout" else 1.0
-        tree, v, state, own, shown = step(tree, v, state, own, keys_at(t), keys_at(t + 1), batch_of(t), ramp)
-        found.append((shown, leaves_by_path(tree), v))
-    return found
+    w = network()
+    v = {path: jnp.asarray(BESIDE[name](leaf)) for path, leaf in leaves_by_path(w).items() if path in MASKED}
+    return step, w, v, (inner.init(w), OWN.init(v))
 
 
 def rest(name, w, v):
@@ -110,36 +94,43 @@ def rest(name, w, v):
 @pytest.mark.parametrize("optimizer", mostly_slow(OPTIMIZERS, "momentum"))
 @pytest.mark.parametrize("name", METHODS)
 def test_it_is_the_training_of_the_composed_loss(name, optimizer):
-    inner, steps = OPTIMIZERS[optimizer], 6
-    tx, wanted = METHODS[name](inner), composed(name, inner, steps)
-    step, state = stepper(tx), tx.init(network())
-    params = wanted[0][0]
-    died = 0
-    for t in range(steps):
-        params, state = step(params, state, batch_of(t))
-        seen, w, v = wanted[t + 1]
-        settled, masks = leaves_by_path(pj.settle(params, state)), leaves_by_path(state.masks)
-        for path, leaf in leaves_by_path(params).items():
-            np.testing.assert_allclose(leaf, leaves_by_path(seen)[path], rtol=1e-4, atol=1e-5)
-            if path not in MASKED:
-                np.testing.assert_array_equal(settled[path], leaf)
+    """Under the same noise; what that is, other tests tell."""
+    tx = METHODS[name](OPTIMIZERS[optimizer])
+    step, state, params, died = stepper(tx), tx.init(network()), None, 0
+    plain, w, v, states = composed(name, OPTIMIZERS[optimizer])
+    for t in range(7):
+        ramp = np.float32(np.clip((t - 1) / 3, 0, 1) if name == "variational_dropout" else 1)
+        before = {path: (leaves_by_path(w)[path], v[path]) for path in MASKED}
+        seen, w, v, states = plain(w, v, states, state.memory["noise"], batch_of(t), ramp)
+        params = seen if params is None else params
+        shown, settled, masks = (leaves_by_path(x) for x in (params, pj.settle(params, state), state.masks))
+        assert sorted(masks) == sorted(MASKED)
+        for path, leaf in leaves_by_path(seen).items():
+            np.testing.assert_allclose(shown[path], leaf, rtol=1e-4, atol=1e-5)
+            if path not in masks:
+                np.testing.assert_array_equal(settled[path], shown[path])
                 continue
-            expected, alive = rest(name, w[path], v[path])
+            expected, alive = rest(name, *before[path])
             np.testing.assert_array_equal(masks[path], alive)
-            np.testing.assert_allclose(settled[path], expected, rtol=1e-4, atol=1e-5)
             np.testing.assert_array_equal(np.asarray(settled[path])[~alive], 0)
+            np.testing.assert_allclose(settled[path], expected, rtol=1e-4, atol=1e-5)
             died += int((~alive).sum())
-    assert sorted(masks) == sorted(MASKED)
-    assert 0 < died < 64 * steps
+        params, state = step(params, state, batch_of(t))
+    assert 0 < died < 64 * 7
 
 
 def quiet(name, leaf, **options):
-    """The parameters after one step in which nothing moves but what `options` has move, and the state."""
+    """The parameters after one step in which w does not move, nor v unless `options` say how, and the state."""
     still = optax.sgd(0.0)
     make = {"l0": pj.l0, "variational_dropout": pj.variational_dropout}[name]
     tx = make(still, key=KEY, **{"optimizer": still, **options})
-    updates, state = tx.update({"w": jnp.zeros_like(leaf)}, tx.init({"w": leaf}), {"w": leaf})
-    return optax.apply_updates({"w": leaf}, updates)["w"], state
+
+    @jax.jit
+    def once(params):
+        updates, state = tx.update({"w": jnp.zeros_like(leaf)}, tx.init(params), params)
+        return optax.apply_updates(params, updates)["w"], state
+
+    return once({"w": leaf})
 
 
 def test_hard_concrete_gates_live_as_often_as_their_formula_says():
@@ -187,16 +178,30 @@ def test_soft_thresholds_and_their_slopes_by_hand():
     """One step of gradient descent with rates 1 on w = [0.9, -0.6, 0.2], at a threshold of one half."""
     tx = pj.soft_threshold(optax.sgd(1.0), decay=0.25, start=0.0, optimizer=optax.sgd(1.0))
     params, g = {"w": jnp.array([[0.9, -0.6, 0.2]])}, np.array([0.1, 0.2, 0.4])
-    updates, state = tx.update({"w": jnp.asarray(g, jnp.float32)[None]}, tx.init(params), params)
+    update = jax.jit(tx.update)
+    updates, state = update({"w": jnp.asarray(g, jnp.float32)[None]}, tx.init(params), params)
     w, s = np.array([0.9 - 0.1, -0.6 - 0.2, 0.2]), (0.1 - 0.2) * 0.25  # the dead rest; sigmoid' is a quarter
     seen = np.sign(w) * np.maximum(abs(w) - sigmoid(s), 0)
     np.testing.assert_allclose(optax.apply_updates(params, updates)["w"][0], seen, rtol=1e-5)
     assert state.masks["w"].tolist() == [[True, True, False]]
-    _, state = tx.update({"w": jnp.zeros((1, 3))}, state, params)
+    _, state = update({"w": jnp.zeros((1, 3))}, state, params)
     np.testing.assert_allclose(state.memory["threshold"]["w"], s - 0.25 * s, rtol=1e-5)  # the decay
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_noise_is_drawn_anew_for_each_step_and_leaf_and_by_the_key():
+    params = {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 3))}
+    draws = set()
+    txs = [pj.l0(optax.sgd(0.0), l0=0.0, key=jax.random.key(key)) for key in (0, 1)]
+    update = jax.jit(txs[0].update)  # the key is state
+    for tx in txs:
+        state = tx.init(params)
+        for _ in range(2):
+            _, state = update(params, state, params)
+            draws |= {leaf.tobytes() for leaf in map(np.asarray, state.memory["noise"].values())}
+    assert len(draws) == 8
+
+
+@pytest.mark.parametrize("name", mostly_slow(METHODS, "l0"))
 def test_it_compiles_once_and_goes_on_from_any_step(name):
     check_goes_on(METHODS[name](optax.adam(1e-2)))
 
@@ -210,6 +215,7 @@ def test_jit_is_eager(name):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_low_precision_weights_are_those_of_the_gates_rounded_once():
     leaf = jnp.ones((20, 20))
     wide, _ = quiet("l0", leaf, l0=0.0, drop=0.7)
@@ -220,7 +226,7 @@ def test_low_precision_weights_are_those_of_the_gates_rounded_once():
 
 def test_settle_leaves_the_weights_of_other_methods_alone():
     params = network()
-    for tx in (pj.masked(optax.sgd(0.1), None), pj.ste(optax.sgd(0.1), sparsity=0.5), METHODS["soft_threshold"](OWN)):
+    for tx in (pj.masked(OWN, None), pj.proximal_l1(OWN, l1=1.0, learning_rate=1.0), METHODS["soft_threshold"](OWN)):
         assert pj.settle(params, tx.init(params)) is params
     with pytest.raises(UserMistake, match=r"settle needs the state of a training method; in a chain .* state\[-1\]"):
         pj.settle(params, optax.chain(optax.clip(1.0), METHODS["l0"](OWN)).init(params))

@@ -25,6 +25,9 @@ KINDS = {
     "surgery": {"every": 4},
     "ac_dc": {"sparsity": 0.6, "every": 4},
     "proximal_l1": {"l1": 1.0},
+    "soft_threshold": {"decay": 10.0, "learning_rate": 0.3},
+    "l0": {"l0": 0.1, "learning_rate": 0.3},
+    "variational_dropout": {"weight": 20.0, "learning_rate": 0.3},
 }
 
 
@@ -38,7 +41,7 @@ def test_every_method_has_a_name_in_recipes():
         assert SPARSIFY.validate_python({"kind": kind}).kind == kind  # the defaults will do
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "rigl"))
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "rigl", "l0"))
 def test_a_training_publishes_its_masks(kind, store):
     stages = {
         "train": {**TRAIN, "sparsify": sparsify(kind)},
@@ -150,6 +153,9 @@ MISTAKES = [
     ({"kind": "rigl"}, "stages.train.sparsify.kind = 'rigl': masks would never change: the training has 24 steps"),
     ({"kind": "gradual", "criterion": "magnitud"}, "criterion 'magnitud' is not known; did you mean 'magnitude'?"),
     ({"kind": "gradual", "criterion": "fisher"}, "criterion 'fisher' needs example_gradient_square, but inside a"),
+    ({"kind": "l0", "drop": 1.5}, "stages.train.sparsify.drop = 1.5: input should be less than 1"),
+    ({"kind": "l0", "learning_rate": 0}, "stages.train.sparsify.learning_rate = 0: input should be greater than 0"),
+    ({"kind": "variational_dropout", "begin": 0.6}, "stages.train.sparsify.end: must come after begin, 0.6; both are"),
     ({"kind": "ste", "exclude": ["outptu/*"]}, "sparsify.exclude = .*fits no parameter"),
 ]
 

@@ -33,9 +33,10 @@ class Form:
 
     name: str  # of v in the state's memory
     start: Callable[[jax.Array], jax.Array]  # w -> v, float32
-    effective: Callable[[jax.Array, jax.Array, Any], jax.Array]  # w, v, key -> w'
+    effective: Callable[[jax.Array, jax.Array, Any], jax.Array]  # w, v, noise -> w'
     penalty: Callable[[jax.Array, jax.Array], jax.Array]  # w, v -> [], added to the loss
     alive: Callable[[jax.Array, jax.Array], jax.Array]  # w, v -> bool
+    draw: Callable[..., jax.Array] | None = None  # key, shape, dtype -> noise
 
 
 @method(
@@ -75,7 +76,7 @@ def soft_threshold(
     form = Form(
         "threshold",
         start=lambda w: jnp.full((), start, jnp.float32),
-        effective=lambda w, s, key: _shrunk(w, s),
+        effective=lambda w, s, noise: _shrunk(w, s),
         penalty=lambda w, s: decay / 2 * jnp.square(s),
         alive=lambda w, s: _shrunk(w, s) != 0,
     )
@@ -124,9 +125,10 @@ def l0(
     form = Form(
         "log_alpha",
         start=lambda w: jnp.full(w.shape, math.log(1 - drop) - math.log(drop), jnp.float32),
-        effective=lambda w, a, key: w * _gate((jax.random.logistic(key, w.shape, jnp.float32) + a) / BETA),
+        effective=lambda w, a, noise: w * _gate((noise + a) / BETA),
         penalty=lambda w, a: l0 * jnp.sum(jax.nn.sigmoid(a - BETA * math.log(-GAMMA / ZETA))),
         alive=lambda w, a: _gate(a) > 0,
+        draw=jax.random.logistic,
     )
     own = optax.adam(1e-2) if optimizer is None else optimizer
     return _reparametrised(inner, form, own, key=key, prunable=prunable, exclude=exclude)
@@ -186,9 +188,10 @@ def variational_dropout(
     form = Form(
         "log_variance",
         start=lambda w: jnp.full(w.shape, start, jnp.float32),
-        effective=lambda w, v, key: w + jnp.exp(v / 2) * jax.random.normal(key, w.shape, jnp.float32),
+        effective=lambda w, v, noise: w + jnp.exp(v / 2) * noise,
         penalty=lambda w, v: weight / examples * jnp.sum(_divergence(_log_alpha(w, v))),
         alive=lambda w, v: _log_alpha(w, v) <= threshold,
+        draw=jax.random.normal,
     )
     ramp = optax.linear_schedule(0.0, 1.0, end - begin, begin) if end > begin else optax.constant_schedule(1.0)
     own = optax.adam(3e-3) if optimizer is None else optimizer
@@ -256,7 +259,8 @@ def _reparametrised(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `inner`, which trains w, in a form under which the network sees w'.
 
-    The network's first parameters are w itself; from the first step on they are w' under the noise of the step to come.
+    The network's first parameters are w itself, without noise; after each step they are w' under noise drawn anew. It
+    is kept until the next gradient has gone back through it, since to draw it twice costs more.
 
     Args:
         inner: any optimizer; it sees the gradient by w, and w.
@@ -269,29 +273,24 @@ def _reparametrised(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def seen(w: PyTree, v: PyTree, key_now: jax.Array | None) -> PyTree:
-        leaves, structure = jax.tree.flatten(w)
-        keys = [None] * len(leaves) if key_now is None else list(jax.random.split(key_now, len(leaves)))
-        return _each(form.effective, w, v, jax.tree.unflatten(structure, keys))
-
     def init(params: PyTree) -> SparseState:
         masks = dense_masks(params, prunable, exclude)
         w = jax.tree.map(jnp.copy, of_masked(params, masks))  # the step may donate both
         v = _each(form.start, w)
-        memory = {"latent": w, form.name: v, "optimizer": own.init(v)}
+        still = jax.tree.map(lambda w: None if form.draw is None else jnp.zeros(w.shape, jnp.float32), w)
+        memory = {"latent": w, form.name: v, "noise": still, "optimizer": own.init(v)}
         state = inner.init(params)
         return SparseState(_each(form.alive, w, v), state, jnp.zeros((), jnp.int32), key_data(key), memory)
 
     def update(
         updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, SparseState]:
-        params, later = needed(params), state._replace(step=state.step + 1)
+        params = needed(params)
         w, v = state.memory["latent"], state.memory[form.name]
 
         def composed(w: PyTree, v: PyTree) -> tuple[PyTree, jax.Array]:
-            shown = jax.tree.map(
-                lambda e, u: e.astype(u.dtype), seen(w, v, step_key(key, state)), of_masked(updates, w)
-            )
+            seen = _each(form.effective, w, v, state.memory["noise"])
+            shown = jax.tree.map(lambda e, u: e.astype(u.dtype), seen, of_masked(updates, w))
             return shown, sum(jax.tree.leaves(_each(form.penalty, w, v)), jnp.zeros(()))
 
         (_, penalty), pull = jax.vjp(composed, w, v)
@@ -300,7 +299,8 @@ def _reparametrised(
         steps, moved = inner.update(gradients, state.inner, dense, **extra)
         turns, own_state = own.update(by_v, state.memory["optimizer"], v)
         w, v = optax.apply_updates(w, of_masked(steps, w)), optax.apply_updates(v, turns)
-        shown = leaves_by_path(seen(w, v, step_key(key, later)))
+        noise = state.memory["noise"] if form.draw is None else _drawn(form.draw, w, step_key(key, state))
+        shown = leaves_by_path(_each(form.effective, w, v, noise))
 
         def step(path: str, u: jax.Array, old: jax.Array) -> jax.Array:
             if path not in shown:
@@ -309,10 +309,19 @@ def _reparametrised(
             return jnp.where(new == 0, -old, new - old)  # w + (-w) is 0
 
         out = jax.tree.map(step, map_by_path(lambda path, _: path, params), steps, params)
-        memory = {"latent": w, form.name: v, "optimizer": own_state}
-        return out, SparseState(_each(form.alive, w, v), moved, later.step, state.key, memory)
+        memory = {"latent": w, form.name: v, "noise": noise, "optimizer": own_state}
+        return out, SparseState(_each(form.alive, w, v), moved, state.step + 1, state.key, memory)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _drawn(draw: Callable[..., jax.Array], w: PyTree, key: Any) -> PyTree:
+    """Noise for every leaf, from a key of its own."""
+    leaves, structure = jax.tree.flatten(w)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        structure, [draw(k, leaf.shape, jnp.float32) for k, leaf in zip(keys, leaves, strict=True)]
+    )
 
 
 def _wide(w: jax.Array) -> jax.Array:
