@@ -145,8 +145,8 @@ def test_every_method_is_the_same_on_sharded_weights(kind):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-# Measured, at the defaults but for the optimizer's rate: sparsity, accuracy on the test split; dense, 0.952.
-REACHED = {"soft_threshold": (0.80, 0.94), "l0": (0.85, 0.94), "variational_dropout": (0.92, 0.94)}
+# At the methods' defaults. Measured: 0.923 and 0.955; 0.868 and 0.952; 0.935 and 0.952.
+REACHED = {"soft_threshold": (0.90, 0.94), "l0": (0.85, 0.94), "variational_dropout": (0.92, 0.94)}
 
 
 @pytest.mark.slow
