@@ -22,14 +22,18 @@ if TYPE_CHECKING:
     from prune_jax.sparse_training import (
         ac_dc,
         gradual,
+        l0,
         masked,
         movement,
         proximal_l1,
         rigl,
+        settle,
+        soft_threshold,
         sparse_evolution,
         static,
         ste,
         surgery,
+        variational_dropout,
     )
 
 _HOME = {
@@ -43,6 +47,7 @@ _HOME = {
     "distilled": "prune_jax.distillation",
     "ends": "prune_jax.order",
     "gradual": "prune_jax.sparse_training",
+    "l0": "prune_jax.sparse_training",
     "mask": "prune_jax.scoring",
     "masked": "prune_jax.sparse_training",
     "movement": "prune_jax.sparse_training",
@@ -51,11 +56,14 @@ _HOME = {
     "rigl": "prune_jax.sparse_training",
     "run": "prune_jax.launch",
     "score": "prune_jax.scoring",
+    "settle": "prune_jax.sparse_training",
+    "soft_threshold": "prune_jax.sparse_training",
     "sparse_evolution": "prune_jax.sparse_training",
     "static": "prune_jax.sparse_training",
     "ste": "prune_jax.sparse_training",
     "surgery": "prune_jax.sparse_training",
     "trace": "prune_jax.compaction",
+    "variational_dropout": "prune_jax.sparse_training",
 }
 
 __all__ = [
@@ -69,6 +77,7 @@ __all__ = [
     "distilled",
     "ends",
     "gradual",
+    "l0",
     "mask",
     "masked",
     "movement",
@@ -77,11 +86,14 @@ __all__ = [
     "rigl",
     "run",
     "score",
+    "settle",
+    "soft_threshold",
     "sparse_evolution",
     "static",
     "ste",
     "surgery",
     "trace",
+    "variational_dropout",
 ]
 
 

@@ -174,7 +174,7 @@ def _sparsified(method: Sparsify, steps: int) -> Any:
     from prune_jax.sparsification import sparsified
 
     rate = optax.constant_schedule(1.0)
-    return sparsified(optax.sgd(1.0), method, steps=steps, learning_rate=rate, key=jax.random.key(0))
+    return sparsified(optax.sgd(1.0), method, steps=steps, examples=1, learning_rate=rate, key=jax.random.key(0))
 
 
 def _training_steps(training: StageCall, fold: tuple[int, int] | None) -> int:

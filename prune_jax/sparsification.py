@@ -12,7 +12,8 @@ from prune_jax.recipe import CustomMethod, Sparsify
 from prune_jax.schedules import cubic
 from prune_jax.sparse_training import METHODS, find
 
-DRAWN = ("static", "set", "rigl")  # take a key
+DRAWN = ("static", "set", "rigl", "l0", "variational_dropout")  # take a key
+OWN = ("soft_threshold", "l0", "variational_dropout")  # train something beside the weights
 
 
 def sparsified(
@@ -20,6 +21,7 @@ def sparsified(
     sparsify: Sparsify,
     *,
     steps: int,
+    examples: int,
     learning_rate: optax.Schedule,
     key: jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
@@ -29,6 +31,7 @@ def sparsified(
         inner: any optimizer.
         sparsify: the method and its settings; of `spare` nothing is left, see `networks.dense_in`.
         steps: of the whole training, of which `begin` and `end` are shares.
+        examples: in the training split.
         learning_rate: that of `inner`.
         key: what random masks are drawn from.
 
@@ -53,6 +56,10 @@ def sparsified(
         options["schedule"] = cubic(*ends, **times)
     if sparsify.kind == "proximal_l1":
         options["learning_rate"] = learning_rate
+    if sparsify.kind in OWN:
+        options["optimizer"] = optax.adam(options.pop("learning_rate"))
+    if sparsify.kind == "variational_dropout":
+        options["examples"] = examples
     if sparsify.kind in DRAWN or options.get("criterion", "magnitude") != "magnitude":
         options["key"] = key
     return METHODS[sparsify.kind].function(inner, **options)

@@ -26,7 +26,7 @@ from prune_jax.models import Network, Variables
 from prune_jax.moments import moments_of, with_moments
 from prune_jax.objectives import inputs_of, objective, penalty
 from prune_jax.recipe import Optimizer, Sparsify
-from prune_jax.sparse_training import MaskedState, masked
+from prune_jax.sparse_training import MaskedState, masked, settle
 from prune_jax.sparsification import sparsified
 from prune_jax.trees import PyTree
 
@@ -141,7 +141,8 @@ def make_step(
     goal = objective(objective_name)
     transformation = make_optimizer(optimizer, steps, begin)
     if sparsify is not None:
-        transformation = _sparsified(optimizer, steps, begin, sparsify, 0)  # the state has the key
+        examples = per_epoch * batch_size
+        transformation = _sparsified(optimizer, steps, begin, examples, sparsify, 0)  # the state has the key
     if sparse:
         transformation = masked(transformation, None)
     spread = _spread(devices)
@@ -291,7 +292,8 @@ def fit(
     if sparsify is None:
         state = _begin(variables, optimizer, whole, masks, moments, begin_step)
     else:
-        state = _begin_sparsified(variables, optimizer, whole, sparsify, seed, moments, begin_step)
+        wrapped = _sparsified(optimizer, whole, begin_step, per_epoch * batch_size, sparsify, seed)
+        state = _begin_sparsified(variables, optimizer, whole, wrapped, moments, begin_step)
     start = 0
     if checkpoints is not None and (found := checkpoints.latest(jax.tree.map(np.asarray, state))):
         start, state = found
@@ -314,6 +316,7 @@ def fit(
     clock.finish(state)
     params, last = jax.device_get((state.params, state.state))
     if sparsify is not None:
+        params = jax.device_get(settle(state.params, state.optimizer))
         masks = jax.device_get(state.optimizer.masks)
     inner = state.optimizer if masks is None else state.optimizer.inner
     return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start, moments_of(inner), masks)
@@ -341,23 +344,23 @@ def _begin(
 
 
 def _sparsified(
-    optimizer: Optimizer, steps: int, begin: int, sparsify: Sparsify, seed: int
+    optimizer: Optimizer, steps: int, begin: int, examples: int, sparsify: Sparsify, seed: int
 ) -> optax.GradientTransformationExtraArgs:
     inner, rate = make_optimizer(optimizer, steps, begin), learning_rate(optimizer, steps, begin)
-    return sparsified(inner, sparsify, steps=steps - begin, learning_rate=rate, key=jax.random.key(seed))
+    key = jax.random.key(seed)
+    return sparsified(inner, sparsify, steps=steps - begin, examples=examples, learning_rate=rate, key=key)
 
 
 def _begin_sparsified(
     variables: Variables,
     optimizer: Optimizer,
     steps: int,
-    sparsify: Sparsify,
-    seed: int,
+    wrapped: optax.GradientTransformationExtraArgs,
     moments: PyTree | None,
     begin: int,
 ) -> TrainState:
     plain = _begin(variables, optimizer, steps, None, moments, begin)
-    state = _sparsified(optimizer, steps, begin, sparsify, seed).init(plain.params)
+    state = wrapped.init(plain.params)
     params = apply_masks(plain.params, state.masks)
     if moments is not None:
         state = state._replace(inner=plain.optimizer)

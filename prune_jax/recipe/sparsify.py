@@ -20,6 +20,8 @@ Exclude = Annotated[tuple[str, ...], Field(description="patterns of parameters t
 Floor = Annotated[int, Field(ge=0, description="so many weights of each layer survive whatever their scores")]
 Drop = Annotated[float, Field(gt=0, lt=1, description="share of a layer's living weights that moves at a change")]
 
+Rate = Annotated[float, Field(gt=0, description="of the Adam that trains what stands beside the weights")]
+
 
 def _in_order(begin: float, end: float) -> None:
     if begin >= end:
@@ -161,6 +163,46 @@ class ProximalL1(Frozen):
     spare: Spare = ()
 
 
+class SoftThreshold(Frozen):
+    """Each layer learns below which size its weights are zero (STR, Kusupati et al. 2020, arXiv:2002.03231)."""
+
+    kind: Literal["soft_threshold"]
+    decay: float = Field(default=0.1, ge=0, description="pulls thresholds up; larger kills more")
+    start: float = Field(default=-6.0, description="the first threshold is its sigmoid")
+    learning_rate: Rate = 0.01
+    exclude: Exclude = ()
+    spare: Spare = ()
+
+
+class L0(Frozen):
+    """Stochastic gates, of which training closes all it can do without (Louizos et al. 2018, arXiv:1712.01312)."""
+
+    kind: Literal["l0"]
+    l0: float = Field(default=1e-4, ge=0, description="weight of the number of living weights beside the loss")
+    drop: Drop = Field(default=0.1, description="how closed the gates are at first")
+    learning_rate: Rate = 0.01
+    exclude: Exclude = ()
+    spare: Spare = ()
+
+
+class VariationalDropout(Frozen):
+    """Noise on each weight, which drowns what is not needed (Molchanov et al. 2017, arXiv:1701.05369)."""
+
+    kind: Literal["variational_dropout"]
+    weight: float = Field(default=0.1, ge=0, description="of the divergence; it rises to it from `begin` to `end`")
+    begin: Share = 0.0
+    end: Share = 0.5
+    threshold: float = Field(default=3.0, description="of log alpha; above it a weight is dead")
+    learning_rate: Rate = 0.003
+    exclude: Exclude = ()
+    spare: Spare = ()
+
+    @model_validator(mode="after")
+    def _rises(self) -> VariationalDropout:
+        _in_order(self.begin, self.end)
+        return self
+
+
 class CustomMethod(BaseModel):
     """A method of somebody else's: all beside `kind`, `exclude` and `spare` are options of its function."""
 
@@ -181,6 +223,9 @@ BUILT_IN_METHODS: dict[str, type[Frozen]] = {
     "surgery": Surgery,
     "ac_dc": AcDc,
     "proximal_l1": ProximalL1,
+    "soft_threshold": SoftThreshold,
+    "l0": L0,
+    "variational_dropout": VariationalDropout,
 }
 
 
@@ -199,6 +244,9 @@ Sparsify = Annotated[
     | Annotated[Surgery, Tag("surgery")]
     | Annotated[AcDc, Tag("ac_dc")]
     | Annotated[ProximalL1, Tag("proximal_l1")]
+    | Annotated[SoftThreshold, Tag("soft_threshold")]
+    | Annotated[L0, Tag("l0")]
+    | Annotated[VariationalDropout, Tag("variational_dropout")]
     | Annotated[CustomMethod, Tag("custom")],
     Discriminator(_method_tag),
 ]

@@ -11,6 +11,7 @@ from prune_jax.sparse_training.gradual import ac_dc, gradual
 from prune_jax.sparse_training.latent import movement, ste, surgery
 from prune_jax.sparse_training.masked import MaskedState, masked
 from prune_jax.sparse_training.proximal import proximal_l1
+from prune_jax.sparse_training.reparametrised import l0, settle, soft_threshold, variational_dropout
 
 __all__ = [
     "METHODS",
@@ -20,13 +21,17 @@ __all__ = [
     "ac_dc",
     "find",
     "gradual",
+    "l0",
     "masked",
     "method",
     "movement",
     "proximal_l1",
     "rigl",
+    "settle",
+    "soft_threshold",
     "sparse_evolution",
     "static",
     "ste",
     "surgery",
+    "variational_dropout",
 ]

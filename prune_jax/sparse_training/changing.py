@@ -168,8 +168,8 @@ def masked_state(state: optax.OptState, params: PyTree, alive: dict[str, jax.Arr
 
 
 def key_data(key: jax.Array | None) -> jax.Array | None:
-    """A key as plain integers, which any checkpoint can hold."""
-    return None if key is None else jax.random.key_data(key)
+    """A key as plain integers, which any checkpoint can hold; a copy, for the step may donate it."""
+    return None if key is None else jnp.copy(jax.random.key_data(key))
 
 
 def step_key(key: jax.Array | None, state: SparseState) -> jax.Array | None:
