@@ -56,6 +56,7 @@ def static(
         start=_random_start(sparsity, scope, key, prunable, exclude),
         due=lambda masks, step: jnp.zeros((), bool),
         change=lambda now: now.masks,
+        grows=False,
     )
 
 

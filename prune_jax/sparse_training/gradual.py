@@ -96,6 +96,7 @@ def gradual(
         start=lambda params: dense_masks(params, prunable, exclude),
         due=lambda masks, step: table(masks, schedule, scope, min_keep).due(step),
         change=change,
+        grows=False,
         key=key if entry.stochastic else None,
     )
 
