@@ -43,6 +43,7 @@ class Now(NamedTuple):
     step: jax.Array  # [] int32
     masks: PyTree
     params: PyTree  # under `masks`
+    given: PyTree  # as the step finds them
     gradients: PyTree  # by all weights, also the dead ones
     key: jax.Array | None  # of this step
 
@@ -135,7 +136,8 @@ def changing(
 
         def turn(known: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             before, _ = known
-            masks = change(Now(state.step, before, apply_masks(params, before), updates, step_key(key, state)))
+            seen = apply_masks(params, before)
+            masks = change(Now(state.step, before, seen, params, updates, step_key(key, state)))
             return masks, jax.tree.map(jnp.logical_and, masks, before) if grows else None
 
         known = (state.masks, state.masks if grows else None)
