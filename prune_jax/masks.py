@@ -17,7 +17,9 @@ from prune_jax.selection import all_but_lowest, n_of_m
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 
-def choose(scores: PyTree, pools: Iterable[Pool], *, alive: PyTree | None = None, min_keep: int = 0) -> PyTree:
+def choose(
+    scores: PyTree, pools: Iterable[Pool], *, alive: PyTree | None = None, min_keep: int = 0, magnitude: bool = False
+) -> PyTree:
     """Masks the `pool.prune` lowest scores of every pool, exactly, and by position among equals: the first die first.
 
     What is dead in `alive` dies first and stays dead, also where more is dead already than a pool asks for.
@@ -27,6 +29,7 @@ def choose(scores: PyTree, pools: Iterable[Pool], *, alive: PyTree | None = None
         pools: leaves that compete with one another and how many of their units die; a traced number will do.
         alive: earlier masks of the same shapes; leaves that it lacks count as alive.
         min_keep: so many units of each leaf of a pool survive whatever their scores, those with the highest.
+        magnitude: whether |score| counts; not for pools by output.
 
     Returns:
         Bool arrays shaped like `scores`.
@@ -45,8 +48,11 @@ def choose(scores: PyTree, pools: Iterable[Pool], *, alive: PyTree | None = None
             chosen |= {path: _by_output(leaves[path], tier, int(pool.prune)) for path, tier in held}
             continue
         if min_keep:
-            tiers = [_protect(leaves[path], tier, min_keep) for path, tier in zip(pool.paths, tiers, strict=True)]
-        chosen |= zip(pool.paths, all_but_lowest([leaves[p] for p in pool.paths], tiers, pool.prune), strict=True)
+            tiers = [
+                _protect(leaves[path], tier, min_keep, magnitude) for path, tier in zip(pool.paths, tiers, strict=True)
+            ]
+        found = all_but_lowest([leaves[path] for path in pool.paths], tiers, pool.prune, magnitude=magnitude)
+        chosen |= zip(pool.paths, found, strict=True)
 
     def mask(path: str, leaf: Any) -> jax.Array:
         found = chosen.get(path, jnp.ones(jnp.shape(leaf), bool))
@@ -89,10 +95,11 @@ def _by_output(leaf: jax.Array, alive: jax.Array | None, prune: int) -> jax.Arra
     return n_of_m(leaf.reshape(rows, -1), tier, rows - prune, rows).reshape(leaf.shape)
 
 
-def _protect(leaf: jax.Array, alive: jax.Array | None, min_keep: int) -> jax.Array:
+def _protect(leaf: jax.Array, alive: jax.Array | None, min_keep: int, magnitude: bool) -> jax.Array:
     """Tiers of `all_but_lowest`: 0 dead, 1 competes, 2 among the `min_keep` highest of what lives."""
-    highest = all_but_lowest([leaf], [alive], max(leaf.size - min_keep, 0))[0]
-    return jnp.where(highest, 2, 1) if alive is None else jnp.where(alive, jnp.where(highest, 2, 1), 0)
+    highest = all_but_lowest([leaf], [alive], max(leaf.size - min_keep, 0), magnitude=magnitude)[0]
+    tier = jnp.where(highest, jnp.int8(2), jnp.int8(1))
+    return tier if alive is None else jnp.where(alive, tier, jnp.int8(0))
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:

@@ -7,27 +7,53 @@ a hundred times slower than it counts. A sample brackets the answer; a few passe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Leaves = Sequence[jax.Array]
 Tiers = Sequence[jax.Array | None]
-Flat = Sequence[tuple[jax.Array, jax.Array | None]]  # one-dimensional values and their tiers
 
 TOP = jnp.iinfo(jnp.uint32).max
 FIRST = 1  # the key of what goes before every score
 LAST = TOP  # the key of what goes after every score
-LANES = 16  # eight-bit sums of so many comparisons; XLA would write the comparisons of a plain sum to memory
+LANES = 16  # sums of so many comparisons; XLA would write the comparisons of a plain sum to memory
+HALF = 1 << 15  # two sums that are less fit in one number
+INTERPOLATED = 6  # from so many passes on, ties or a strange distribution are at work, and bits are cut in thirds
 STRIDE = 127  # one value in so many is sampled; a prime, lest a sample see one column of a matrix
 LARGE = 1 << 16  # fewer values are not worth a sample
 PAGE = 4096
 COMPARED = 16  # in groups of so many each is compared with each, twenty times faster than sorting fours on a CPU
 SMALL = 1 << 18  # leaves of fewer values are laid end to end, lest each costs a tenth of a second to compile for
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("values", "tier"), meta_fields=("magnitude",))
+@dataclass(frozen=True)
+class Line:
+    """Values that compete, their tiers, and whether they do so by their magnitudes."""
+
+    values: jax.Array
+    tier: jax.Array | None
+    magnitude: bool = False
+
+    def part(self, positions: slice) -> Line:
+        """Those at some positions of the values laid end to end."""
+        tier = None if self.tier is None else jnp.ravel(self.tier)[positions]
+        return Line(jnp.ravel(self.values)[positions], tier, self.magnitude)
+
+    def page(self, start: jax.Array) -> Line:
+        """The `PAGE` values from a position on."""
+        tier = None if self.tier is None else lax.dynamic_slice_in_dim(jnp.ravel(self.tier), start, PAGE)
+        return Line(lax.dynamic_slice_in_dim(jnp.ravel(self.values), start, PAGE), tier, self.magnitude)
+
+
+Lines = Sequence[Line]
 
 
 class Cut(NamedTuple):
@@ -38,29 +64,31 @@ class Cut(NamedTuple):
     whole: jax.Array  # [] bool: all those equal to the key are among them
 
 
-def _keys(values: jax.Array, tier: jax.Array | None) -> jax.Array:
+def _keys(line: Line) -> jax.Array:
     """Unsigned integers in the order of the values; 0.0 and -0.0 are equal, subnormals are not zero."""
-    bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits = lax.bitcast_convert_type(line.values.astype(jnp.float32), jnp.int32)
+    bits = bits & 0x7FFFFFFF if line.magnitude else bits ^ ((bits >> 31) & 0x7FFFFFFF)
     bits = jnp.where(bits == -1, 0, bits)
     keys = lax.bitcast_convert_type(bits, jnp.uint32) ^ jnp.uint32(1 << 31)
-    if tier is None:
+    if line.tier is None:
         return keys
-    keys = jnp.where(tier == 0, jnp.uint32(FIRST), keys)
-    return keys if tier.dtype == bool else jnp.where(tier == 2, jnp.uint32(LAST), keys)
+    keys = jnp.where(line.tier == 0, jnp.uint32(FIRST), keys)
+    return keys if line.tier.dtype == bool else jnp.where(line.tier == 2, jnp.uint32(LAST), keys)
 
 
-def _at_most(values: jax.Array, tier: jax.Array | None, key: jax.Array) -> jax.Array:
-    """`_keys(values, tier) <= key`, in one comparison; `key` is at least `FIRST` and less than `LAST`."""
-    bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+def _at_most(line: Line, key: jax.Array) -> jax.Array:
+    """`_keys(line) <= key`, in one comparison."""
+    bits = lax.bitcast_convert_type(line.values.astype(jnp.float32), jnp.uint32)
+    if line.magnitude:
+        bits = bits & jnp.uint32((1 << 31) - 1)
     positive = key >= jnp.uint32(1 << 31)
     flip = jnp.where(positive, jnp.uint32(1 << 31), jnp.uint32(TOP))
     bound = jnp.where(positive, key, jnp.minimum(key, jnp.uint32((1 << 31) - 2)))  # -0.0 is not negative
     hits = (bits ^ flip) <= bound
-    if tier is None:
+    if line.tier is None:
         return hits
-    hits = hits | (tier == 0)
-    return hits if tier.dtype == bool else hits & (tier != 2)
+    hits = jnp.where(line.tier == 0, key >= jnp.uint32(FIRST), hits)
+    return hits if line.tier.dtype == bool else jnp.where(line.tier == 2, key == jnp.uint32(LAST), hits)
 
 
 def _runs(sizes: Sequence[int]) -> list[list[int]]:
@@ -78,93 +106,118 @@ def _tier(leaf: jax.Array, tier: jax.Array | None) -> jax.Array:
     return jnp.ones(leaf.shape, bool) if tier is None else tier
 
 
-@jax.jit
-def _join(leaves: Leaves, tiers: Tiers) -> Flat:
-    """Large leaves as they are; small ones in arrays of few different lengths, filled up with what never goes."""
-    flat: list[tuple[jax.Array, jax.Array | None]] = []
+def _join(leaves: Leaves, tiers: Tiers, magnitude: bool = False) -> Lines:
+    """Large leaves as they are; small ones in lines of few different lengths, filled up with what never goes."""
+    lines = []
     for run in _runs([leaf.size for leaf in leaves]):
-        size = sum(leaves[i].size for i in run)
-        if size > SMALL:
-            leaf, tier = leaves[run[0]], tiers[run[0]]
-            flat.append((jnp.ravel(leaf), None if tier is None else jnp.ravel(tier)))
-            continue
-        room = (0, max(PAGE, 1 << (size - 1).bit_length()) - size)
-        values = jnp.concatenate([jnp.ravel(leaves[i]).astype(jnp.float32) for i in run])
-        known = jnp.concatenate([jnp.ravel(_tier(leaves[i], tiers[i])) for i in run])
-        flat.append((jnp.pad(values, room, constant_values=jnp.inf), jnp.pad(known, room, constant_values=1)))
-    return flat
+        values, tier = leaves[run[0]], tiers[run[0]]
+        if values.size <= SMALL:
+            values, tier = _joined([leaves[i] for i in run], [tiers[i] for i in run])
+        lines.append(Line(values, tier, magnitude))
+    return lines
 
 
-@partial(jax.jit, static_argnums=1)
-def _split(flat: Leaves, shapes: tuple[tuple[int, ...], ...]) -> tuple[jax.Array, ...]:
+@jax.jit
+def _joined(leaves: Leaves, tiers: Tiers) -> tuple[jax.Array, jax.Array]:
+    size = sum(leaf.size for leaf in leaves)
+    room = (0, max(PAGE, 1 << (size - 1).bit_length()) - size)
+    values = jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in leaves])
+    known = jnp.concatenate([jnp.ravel(_tier(leaf, tier)) for leaf, tier in zip(leaves, tiers, strict=True)])
+    return jnp.pad(values, room, constant_values=jnp.inf), jnp.pad(known, room, constant_values=1)
+
+
+def _split(masks: Leaves, shapes: Sequence[tuple[int, ...]]) -> tuple[jax.Array, ...]:
     """Undoes `_join`."""
-    sizes = [math.prod(shape) for shape in shapes]
-    leaves = []
-    for joined, run in zip(flat, _runs(sizes), strict=True):
-        start = 0
-        for i in run:
-            leaves.append(joined[start : start + sizes[i]].reshape(shapes[i]))
-            start += sizes[i]
+    leaves: list[jax.Array] = []
+    for joined, run in zip(masks, _runs([math.prod(shape) for shape in shapes]), strict=True):
+        whole = tuple(shapes[i] for i in run)
+        leaves += [joined] if whole == (joined.shape,) else _parted(joined, whole)
     return tuple(leaves)
 
 
-def _total(hits: Callable[[slice], jax.Array], size: int) -> jax.Array:
-    even = size - size % LANES
-    lanes = jnp.sum(hits(slice(0, even)).astype(jnp.int8).reshape(-1, LANES), axis=1, dtype=jnp.int8)
-    return jnp.sum(lanes, dtype=jnp.int32) + jnp.sum(hits(slice(even, size)), dtype=jnp.int32)
+@partial(jax.jit, static_argnums=1)
+def _parted(joined: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    return [joined[end - math.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes, strict=True)]
 
 
-def _count(flat: Flat, key: jax.Array) -> jax.Array:
-    """How many keys are at most `key`."""
+def _both(low: jax.Array, high: jax.Array) -> jax.Array:
+    """How many of each are true, `[2]`; the last axis is lanes, shorter than `HALF`."""
+    hits = low.astype(jnp.int16) + jnp.where(high, jnp.int16(256), jnp.int16(0))  # two sums in one cost little more
+    lanes = jnp.sum(hits.reshape(*hits.shape[:-1], -1, LANES), axis=-1, dtype=jnp.int16).astype(jnp.int32)
+    rows = jnp.sum((lanes & 255) | ((lanes >> 8) << 16), axis=-1)
+    return jnp.stack([jnp.sum(rows & 0xFFFF), jnp.sum(rows >> 16)])
 
-    def of(values: jax.Array, tier: jax.Array | None) -> jax.Array:
-        return _total(lambda s: _at_most(values[s], None if tier is None else tier[s], key), values.size)
 
-    return sum((of(*pair) for pair in flat), jnp.int32(0))
+def _totals(line: Line, low: jax.Array, high: jax.Array) -> jax.Array:
+    """How many keys are at most `low`, and at most `high`, `[2]`."""
+    last, size = line.values.shape[-1], line.values.size
+    if last % LANES == 0 and last < HALF:
+        return _both(_at_most(line, low), _at_most(line, high))  # in the leaf's own shape: shards stay where they are
+    even = size - size % PAGE
+    pages, rest = line.part(slice(0, even)), line.part(slice(even, None))
+    counts = _both(*(_at_most(pages, key).reshape(-1, PAGE) for key in (low, high)))
+    return counts + jnp.stack([jnp.sum(_at_most(rest, key), dtype=jnp.int32) for key in (low, high)])
 
 
-def _bracket(flat: Flat, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _counts(lines: Lines, low: jax.Array, high: jax.Array) -> jax.Array:
+    return sum((_totals(line, low, high) for line in lines), start=jnp.zeros(2, jnp.int32))
+
+
+def _bracket(lines: Lines, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys that hold the k-th smallest between them, unless the sample deceives."""
-    size = sum(values.size for values, _ in flat)
+    size = sum(line.values.size for line in lines)
     if size < LARGE:
         return jnp.uint32(0), jnp.uint32(TOP)
-    sample = jnp.concatenate([_keys(v[::STRIDE], None if t is None else t[::STRIDE]) for v, t in flat])
+    sample = jnp.concatenate([_keys(line.part(slice(None, None, STRIDE))) for line in lines])
     share = k.astype(jnp.float32) / size
     margin = 3 * jnp.sqrt(sample.size * share * (1 - share)) + 3
-    return _bisect(sample, share * sample.size - margin) - 1, _bisect(sample, share * sample.size + margin)
+    ranks = share * sample.size + jnp.stack([-margin, margin])
+    low, high = _bisect(jnp.pad(sample, (0, -sample.size % PAGE), constant_values=jnp.uint32(LAST)), ranks)
+    return low - 1, high
 
 
-def _bisect(keys: jax.Array, rank: jax.Array) -> jax.Array:
-    """The smallest key that at least `rank` of a few keys do not exceed."""
+def _bisect(keys: jax.Array, ranks: jax.Array) -> jax.Array:
+    """The smallest keys that at least so many of a few keys do not exceed, for two ranks."""
 
     def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bracket
         middle = low + (high - low) // 2
-        enough = _total(lambda s: keys[s] <= middle, keys.size) >= rank
+        enough = _both(*((keys <= middle[i]).reshape(-1, PAGE) for i in range(2))) >= ranks
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    return lax.fori_loop(0, 32, halve, (jnp.uint32(0), jnp.uint32(TOP)))[1]
+    return lax.fori_loop(0, 32, halve, (jnp.zeros(2, jnp.uint32), jnp.full(2, TOP)))[1]
 
 
-def _cut(flat: Flat, k: jax.Array) -> Cut:
-    size = sum(values.size for values, _ in flat)
-    bracket = _bracket(flat, k)
+def _cut(lines: Lines, k: jax.Array) -> Cut:
+    size = sum(line.values.size for line in lines)
+    bracket = _bracket(lines, k)
 
     def unsettled(state: tuple) -> jax.Array:
         low, high, _, at_high, _ = state
         return (high - low > 1) & (at_high != k)
 
+    def aim(low: jax.Array, high: jax.Array, at_low: jax.Array, at_high: jax.Array) -> list[jax.Array]:
+        """Keys a deviation to each side of where the k-th should be, if those between spread evenly."""
+        between = jnp.maximum(at_high - at_low, 1).astype(jnp.float32)
+        wanted = (k - at_low).astype(jnp.float32)
+        deviation = jnp.sqrt(wanted * (1 - wanted / between))
+        shares = jnp.clip(jnp.stack([wanted - deviation, wanted + deviation]) / between, 0, 1)
+        return list(low + (shares * (high - low).astype(jnp.float32)).astype(jnp.uint32))
+
     def narrow(state: tuple) -> tuple:
         low, high, at_low, at_high, turn = state
-        share = (k - at_low).astype(jnp.float32) / jnp.maximum(at_high - at_low, 1).astype(jnp.float32)
-        share = jnp.where(turn % 2 == 0, 0.5, share)  # ties make interpolation crawl
-        step = (share * (high - low).astype(jnp.float32)).astype(jnp.uint32)
-        middle = jnp.where(turn == 0, bracket[0], jnp.where(turn == 1, bracket[1], low + step))
-        middle = jnp.clip(middle, low + 1, high - 1)
-        at_middle = _count(*lax.optimization_barrier((flat, middle)))  # else the loop copies all bits in front
-        enough = at_middle >= k
-        low, at_low = jnp.where(enough, low, middle), jnp.where(enough, at_low, at_middle)
-        high, at_high = jnp.where(enough, middle, high), jnp.where(enough, at_middle, at_high)
+        third = (high - low) // 3
+        ways = zip(bracket, aim(low, high, at_low, at_high), (low + third, high - third), strict=True)
+        keys = [
+            jnp.clip(jnp.select([turn == 0, turn < INTERPOLATED], way[:2], way[2]), low + 1, high - 1) for way in ways
+        ]
+        held, *keys = lax.optimization_barrier((lines, *keys))  # else the loop copies all bits in front
+        for key, found in zip(keys, _counts(held, *keys), strict=True):
+            enough = found >= k
+            lower, raised = enough & (key < high), ~enough & (key > low)
+            low, at_low = jnp.where(raised, key, low), jnp.where(raised, found, at_low)
+            high, at_high = jnp.where(lower, key, high), jnp.where(lower, found, at_high)
         return low, high, at_low, at_high, turn + 1
 
     start = (jnp.uint32(0), jnp.uint32(TOP), jnp.int32(0), jnp.int32(size), jnp.int32(0))
@@ -172,19 +225,26 @@ def _cut(flat: Flat, k: jax.Array) -> Cut:
     return Cut(key, k - at_low, at_high == k)
 
 
-def _end_of_ties(tied: jax.Array, ties: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The position before which the first `ties` true values lie, and how many of them are to come after the end."""
-    pages = jnp.pad(tied, (0, PAGE - tied.size % PAGE)).reshape(-1, PAGE)
-    lanes = jnp.sum(pages.astype(jnp.int8).reshape(-1, LANES), axis=1, dtype=jnp.int8)
-    ends = jnp.cumsum(jnp.sum(lanes.reshape(-1, PAGE // LANES), axis=1, dtype=jnp.int32))
+def _end_of_ties(line: Line, key: jax.Array, ties: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The position before which the first `ties` keys equal to `key` lie, and how many are to come after the end."""
+    size = line.values.size
+    even = size - size % PAGE
+    tied = _keys(line.part(slice(0, even))) == key
+    lanes = jnp.sum(tied.astype(jnp.int8).reshape(-1, LANES), axis=1, dtype=jnp.int8)
+    pages = jnp.sum(lanes.reshape(-1, PAGE // LANES), axis=1, dtype=jnp.int32)
+    rest = jnp.sum(_keys(line.part(slice(even, None))) == key, dtype=jnp.int32)
+    ends = jnp.cumsum(jnp.append(pages, rest))
     quota = jnp.minimum(ties, ends[-1])
     page = jnp.sum(ends < quota, dtype=jnp.int32)
-    before = jnp.where(page == 0, 0, ends[page - 1])
-    inside = jnp.sum(jnp.cumsum(pages[page].astype(jnp.int32)) < quota - before, dtype=jnp.int32)
-    return jnp.where(quota == 0, 0, page * PAGE + inside + 1), ties - quota
+    start = jnp.minimum(page * PAGE, size - PAGE)
+    inside = (_keys(line.page(start)) == key) & (start + jnp.arange(PAGE, dtype=jnp.int32) >= page * PAGE)
+    wanted = quota - jnp.where(page == 0, 0, ends[page - 1])
+    return jnp.where(quota == 0, 0, start + jnp.sum(jnp.cumsum(inside) < wanted, dtype=jnp.int32) + 1), ties - quota
 
 
-def all_but_lowest(leaves: Leaves, tiers: Tiers, k: jax.Array | int) -> tuple[jax.Array, ...]:
+def all_but_lowest(
+    leaves: Leaves, tiers: Tiers, k: jax.Array | int, *, magnitude: bool = False
+) -> tuple[jax.Array, ...]:
     """Marks all values but the k lowest of all leaves together; of equal ones the first go.
 
     The same as `np.argsort(kind="stable")[:k]` over the leaves laid end to end, in about ten reads of memory.
@@ -194,6 +254,7 @@ def all_but_lowest(leaves: Leaves, tiers: Tiers, k: jax.Array | int) -> tuple[ja
         tiers: for each leaf None, or an array of its shape: 0 goes before every score, 1 goes by its score (so a bool
             array of what is alive will do) and, in integers, 2 goes after every score.
         k: how many go; may be traced. One compilation serves a whole schedule.
+        magnitude: whether |value| is the score; it is never written to memory.
 
     Returns:
         Bool arrays shaped like the leaves; False for the k lowest.
@@ -201,27 +262,32 @@ def all_but_lowest(leaves: Leaves, tiers: Tiers, k: jax.Array | int) -> tuple[ja
     >>> all_but_lowest([jnp.array([3.0, 1.0]), jnp.array([2.0])], [None, None], 2)
     (Array([ True, False], dtype=bool), Array([False], dtype=bool))
     """
-    survivors = _all_but_lowest(_join(leaves, tiers), jnp.asarray(k, jnp.int32))
-    return _split(survivors, tuple(leaf.shape for leaf in leaves))
+    survivors = _all_but_lowest(_join(leaves, tiers, magnitude), jnp.asarray(k, jnp.int32))
+    return _split(survivors, [leaf.shape for leaf in leaves])
 
 
 @jax.jit
-def _all_but_lowest(flat: Flat, k: jax.Array) -> list[jax.Array]:
-    cut = _cut(flat, k)
+def _all_but_lowest(lines: Lines, k: jax.Array) -> list[jax.Array]:
+    cut = _cut(lines, k)
 
     def positions() -> tuple[jax.Array, ...]:
         ends, ties = [], cut.ties
-        for values, tier in flat:
-            end, ties = _end_of_ties(_keys(values, tier) == cut.key, ties)
+        for line in lines:
+            end, ties = _end_of_ties(line, cut.key, ties)
             ends.append(end)
         return tuple(ends)
 
-    ends = lax.cond(cut.whole, lambda: tuple(jnp.int32(values.size) for values, _ in flat), positions)
-    masks = []
-    for (values, tier), end in zip(flat, ends, strict=True):
-        keys = _keys(values, tier)
-        masks.append((keys > cut.key) | ((keys == cut.key) & (jnp.arange(keys.size, dtype=jnp.int32) >= end)))
-    return masks
+    ends = lax.cond(cut.whole, lambda: tuple(jnp.int32(line.values.size) for line in lines), positions)
+    cuts = [jnp.where(_places(line) < end, cut.key, cut.key - 1) for line, end in zip(lines, ends, strict=True)]
+    return [~_at_most(line, key) for line, key in zip(lines, cuts, strict=True)]
+
+
+def _places(line: Line) -> jax.Array:
+    """The position of each value if all are laid end to end."""
+    shape = line.values.shape
+    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    places = (lax.broadcasted_iota(jnp.int32, shape, axis) * step for axis, step in enumerate(steps))
+    return sum(places, start=jnp.int32(0))
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -244,7 +310,7 @@ def n_of_m(values: jax.Array, tier: jax.Array | None, n: int, m: int) -> jax.Arr
     """
     *lead, size, out = values.shape
     room = [(0, 0)] * len(lead) + [(0, -size % m), (0, 0)]
-    keys = jnp.pad(_keys(values, tier), room).reshape(*lead, -1, m, out)  # what is not there goes before all else
+    keys = jnp.pad(_keys(Line(values, tier)), room).reshape(*lead, -1, m, out)  # what is not there goes before all else
     if m <= COMPARED:
         lines = [keys[..., j, :] for j in range(m)]
         ranks = [
@@ -266,11 +332,11 @@ def kth_smallest(leaves: Leaves, tiers: Tiers, k: jax.Array | int) -> jax.Array:
 
 
 @jax.jit
-def _kth_smallest(flat: Flat, k: jax.Array) -> jax.Array:
-    key = _cut(flat, k + _count(flat, jnp.uint32(FIRST))).key
+def _kth_smallest(lines: Lines, k: jax.Array) -> jax.Array:
+    first = jnp.uint32(FIRST)
+    key = _cut(lines, k + _counts(lines, first, first)[0]).key
     found = jnp.uint32(0)
-    for values, tier in flat:
-        keys = _keys(values, tier)
+    for keys in map(_keys, lines):
         found = jnp.maximum(found, jnp.max(jnp.where(keys <= key, keys, 0), initial=0))
     bits = lax.bitcast_convert_type(found ^ jnp.uint32(1 << 31), jnp.int32)
     return lax.bitcast_convert_type(bits ^ ((bits >> 31) & 0x7FFFFFFF), jnp.float32)
@@ -282,8 +348,9 @@ def count_below(leaves: Leaves, tiers: Tiers, value: jax.Array | float) -> jax.A
 
 
 @jax.jit
-def _count_below(flat: Flat, value: jax.Array) -> jax.Array:
-    return _count(flat, _keys(value, None) - 1)
+def _count_below(lines: Lines, value: jax.Array) -> jax.Array:
+    key = _keys(Line(value, None)) - 1
+    return _counts(lines, key, key)[0]
 
 
 @jax.jit

@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 from prune_jax.activations import capture
 from prune_jax.blocks import cut, grid
 from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.outer_products import Outer, evaluate
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path, select
 
 # Gradients of single examples held at once. XLA multiplies batches of matrices on CPU with plain loops: there, all but
@@ -126,7 +127,7 @@ def gather(
     blocks = jax.tree.map(lambda w: _no_products(w.shape, block), select(params, paths)) if _BLOCKS in needs else None
     of_batch = {need: sums[need] for need in needs if need in _OF_BATCH}
     of_example, of_input, probed = sums.get(_OF_EXAMPLE), sums.get(_OF_INPUT), sums.get(_PROBED)
-    examples = 0
+    examples, chunks = 0, dict[int, int]()
     for i, batch in enumerate(batches):
         count = _examples(batch)
         if probed is not None:
@@ -134,7 +135,10 @@ def gather(
         if of_batch:
             of_batch = _add_batch(of_batch, loss, params, batch, paths=paths)
         if of_example is not None:
-            chunk, there = _chunk(of_example, count), jax.device_put(batch)
+            there = jax.device_put(batch)
+            if count not in chunks:
+                chunks[count] = _examples_together(of_example, loss, params, there, paths)
+            chunk = chunks[count]
             for start in range(0, count, chunk):
                 of_example = _add_examples(of_example, loss, params, there, start, paths=paths, chunk=chunk)
         if blocks is not None:
@@ -351,19 +355,37 @@ def _add_probes(
     return jax.lax.fori_loop(0, probes, add, sums)
 
 
+@partial(jax.jit, static_argnames=("paths",))
+def _of_one(loss: Loss, params: PyTree, example: PyTree, *, paths: frozenset[str]) -> list[jax.Array | Outer]:
+    """The gradient of a batch of one example, leaf by leaf; what is an outer product is not formed."""
+    gradient = jax.make_jaxpr(lambda example: _gradient(loss, params, example, paths))(example)
+    return evaluate(gradient, jax.tree.leaves(example))
+
+
+def _examples_together(sums: PyTree, loss: Loss, params: PyTree, batch: PyTree, paths: frozenset[str]) -> int:
+    """Examples at once: by the gradients that are formed; by all where a kernel's is, for the sake of `CHUNK_BYTES`."""
+    first = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), batch)
+    leaves = jax.eval_shape(partial(_of_one, paths=paths), loss, params, first)
+    formed = [sum_ for sum_, leaf in zip(jax.tree.leaves(sums), leaves, strict=True) if not isinstance(leaf, Outer)]
+    return _chunk(sums if any(leaf.ndim > 1 for leaf in formed) else formed, _examples(batch))
+
+
 @partial(jax.jit, static_argnames=("paths", "chunk"), donate_argnums=0)
 def _add_examples(
     sums: PyTree, loss: Loss, params: PyTree, batch: PyTree, start: int, *, paths: frozenset[str], chunk: int
 ) -> PyTree:
-    def of_one(example: PyTree) -> PyTree:
-        return _gradient(loss, params, jax.tree.map(lambda a: a[None], example), paths)
+    """Adds the squares of each example's gradient; of outer products x d^T, by one product: sum (x^2)^T d^2."""
+
+    def of_one(example: PyTree) -> list[jax.Array | Outer]:
+        return _of_one(loss, params, jax.tree.map(lambda a: a[None], example), paths=paths)
 
     examples = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, chunk), batch)
     if chunk == 1:
-        squares = jax.tree.map(jnp.square, _gradient(loss, params, examples, paths))
+        found = jax.tree.map(lambda g: g[None], _of_one(loss, params, examples, paths=paths))
     else:
-        squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g), axis=0), jax.vmap(of_one)(examples))
-    return jax.tree.map(jnp.add, sums, squares)
+        found = jax.vmap(of_one)(examples)
+    squares = [g.squares() if isinstance(g, Outer) else jnp.sum(jnp.square(g), axis=0) for g in found]
+    return jax.tree.map(jnp.add, sums, jax.tree.unflatten(jax.tree.structure(sums), squares))
 
 
 @partial(jax.jit, static_argnames=("paths", "chunk", "held", "block"), donate_argnums=0)

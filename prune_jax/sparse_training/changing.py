@@ -1,14 +1,14 @@
 """What all methods share whose masks change while they train: how many die where at which step, and the state.
 
 How many die is a table that is made while the step is traced, from the same allocation as everywhere: the compiled step
-looks a row up. Masks change inside a `lax.cond`, so that a quiet step costs what a masked one does.
+looks a row up. Masks change in place, so that a quiet step costs what a masked one does.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from prune_jax.scoring import prunable_paths
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path, path_name, select
 
 SCOPES = ("global", "layer", "erk")
+T = TypeVar("T")
 
 
 class SparseState(NamedTuple):
@@ -42,6 +43,7 @@ class Now(NamedTuple):
     step: jax.Array  # [] int32
     masks: PyTree
     params: PyTree  # under `masks`
+    given: PyTree  # as the step finds them
     gradients: PyTree  # by all weights, also the dead ones
     key: jax.Array | None  # of this step
 
@@ -100,6 +102,7 @@ def changing(
     start: Callable[[PyTree], PyTree],
     due: Callable[[PyTree, jax.Array], jax.Array],
     change: Callable[[Now], PyTree],
+    grows: bool = True,
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `inner` in masks that change at some steps; between them it is `masked`.
@@ -113,6 +116,7 @@ def changing(
         start: parameters -> masks.
         due: (masks, step) -> whether masks change; steps count from 0.
         change: what masks become.
+        grows: whether weights may come alive; if not, a quiet step saves a copy of the masks.
         key: what random numbers are drawn from.
 
     Returns:
@@ -129,15 +133,16 @@ def changing(
         updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, SparseState]:
         params = needed(params)
-        key_now = step_key(key, state)
 
-        def changed(masks: PyTree, params: PyTree, gradients: PyTree) -> PyTree:
-            return change(Now(state.step, masks, apply_masks(params, masks), gradients, key_now))
+        def turn(known: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            before, _ = known
+            seen = apply_masks(params, before)
+            masks = change(Now(state.step, before, seen, params, updates, step_key(key, state)))
+            return masks, jax.tree.map(jnp.logical_and, masks, before) if grows else None
 
-        changes = due(state.masks, state.step)
-        masks = lax.cond(changes, changed, lambda masks, *_: masks, state.masks, params, updates)
-        before = leaves_by_path(state.masks)
-        alive = {path: mask & before[path] for path, mask in masks_of(params, masks).items()}
+        known = (state.masks, state.masks if grows else None)
+        masks, steady = once(due(state.masks, state.step), turn, known)
+        alive = masks_of(params, steady if grows else masks)
         moments = masked_state(state.inner, params, alive)
         steps, moved = inner.update(apply_masks(updates, alive), moments, apply_masks(params, alive), **extra)
 
@@ -148,6 +153,11 @@ def changing(
         return jax.tree.map(step, paths, steps, params), SparseState(masks, moved, state.step + 1, state.key, None)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def once(due: jax.Array, turn: Callable[[T], T], value: T) -> T:
+    """`turn(value)` if it is due, else `value`, in place: `lax.cond` copies what it hands through, a loop does not."""
+    return lax.while_loop(lambda state: state[0], lambda state: (jnp.zeros((), bool), turn(state[1])), (due, value))[1]
 
 
 def masked_state(state: optax.OptState, params: PyTree, alive: dict[str, jax.Array]) -> optax.OptState:

@@ -56,6 +56,7 @@ def static(
         start=_random_start(sparsity, scope, key, prunable, exclude),
         due=lambda masks, step: jnp.zeros((), bool),
         change=lambda now: now.masks,
+        grows=False,
     )
 
 
@@ -153,7 +154,7 @@ def rigl(
         inner,
         start=_random_start(sparsity, scope, key, prunable, exclude),
         due=_due(shares),
-        change=_move(shares, sparsity, scope, lambda now: jax.tree.map(jnp.abs, of_masked(now.gradients, now.masks))),
+        change=_move(shares, sparsity, scope, lambda now: of_masked(now.gradients, now.masks)),
     )
 
 
@@ -201,24 +202,25 @@ def _pools(masks: PyTree, sparsity: float, scope: str) -> tuple[Pool, ...]:
 
 
 def _move(shares: Shares, sparsity: float, scope: str, wish: Callable[[Now], PyTree]) -> Callable[[Now], PyTree]:
-    """The change of masks: so many of each leaf's living die, as many grow whose wish is the largest."""
+    """The change of masks: so many of each leaf's living die, as many grow whose |wish| is the largest."""
 
     def change(now: Now) -> PyTree:
         pools = _pools(now.masks, sparsity, scope)
         sizes = {path: mask.size for path, mask in leaves_by_path(now.masks).items()}
         living = [sizes[pool.paths[0]] - pool.prune for pool in pools]
+        place = {pool.paths[0]: i for i, pool in enumerate(pools)}
         moves = np.array([[math.floor(share * n) for n in living] for share in shares.values()], np.int32)
         row = jnp.argmax(np.array(list(shares), np.int32) == now.step)
         number = jnp.asarray(moves)[row]  # [leaves]
-        small = [Pool(pool.paths, pool.prune + number[i]) for i, pool in enumerate(pools)]
-        magnitudes = jax.tree.map(lambda w: jnp.abs(w.astype(jnp.float32)), of_masked(now.params, now.masks))
-        left, wishes = leaves_by_path(choose(magnitudes, small, alive=now.masks)), leaves_by_path(wish(now))
-        dead = {pool.paths[0]: pool.prune for pool in pools}
+        weights, wishes = leaves_by_path(now.given), leaves_by_path(wish(now))
 
-        def grow(path: str, _: jax.Array) -> jax.Array:
-            tier = jnp.where(left[path], 2, 1)  # what is left stays
-            return all_but_lowest([wishes[path].astype(jnp.float32)], [tier], dead[path])[0]
+        def moved(path: str, alive: jax.Array) -> jax.Array:
+            i = place[path]
+            dead = pools[i].prune
+            (left,) = all_but_lowest([weights[path]], [alive], dead + number[i], magnitude=True)
+            tier = jnp.where(left, jnp.int8(2), jnp.int8(1))  # what is left stays
+            return all_but_lowest([wishes[path]], [tier], dead, magnitude=True)[0]
 
-        return map_by_path(grow, now.masks)
+        return map_by_path(moved, now.masks)
 
     return change

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prune_jax.criteria import Criterion, find
+from prune_jax.criteria import CRITERIA, Criterion, find
 from prune_jax.errors import UserMistake
 from prune_jax.masks import choose
 from prune_jax.schedules import Levels, alternating
@@ -89,13 +89,16 @@ def gradual(
 
     def change(now: Now) -> PyTree:
         pools = table(now.masks, schedule, scope, min_keep).pools(now.step)
-        return choose(scores(now), pools, alive=now.masks, min_keep=min_keep)
+        sizes = entry is CRITERIA["magnitude"]  # never written to memory
+        found = of_masked(now.given, now.masks) if sizes else scores(now)
+        return choose(found, pools, alive=now.masks, min_keep=min_keep, magnitude=sizes)
 
     return changing(
         inner,
         start=lambda params: dense_masks(params, prunable, exclude),
         due=lambda masks, step: table(masks, schedule, scope, min_keep).due(step),
         change=change,
+        grows=False,
         key=key if entry.stochastic else None,
     )
 
@@ -141,8 +144,8 @@ def ac_dc(
     levels = alternating(sparsity, begin=begin, end=end, every=every)
 
     def change(now: Now) -> PyTree:
-        sizes = jax.tree.map(lambda w: jnp.abs(w.astype(jnp.float32)), of_masked(now.params, now.masks))
-        return choose(sizes, table(now.masks, levels, scope, min_keep).pools(now.step), min_keep=min_keep)
+        weights, pools = of_masked(now.params, now.masks), table(now.masks, levels, scope, min_keep).pools(now.step)
+        return choose(weights, pools, min_keep=min_keep, magnitude=True)
 
     return changing(
         inner,

@@ -12,27 +12,34 @@ import optax
 
 from prune_jax.schedules import cubic
 from prune_jax.scoring import mask, score
-from prune_jax.sparse_training import gradual, masked, rigl
+from prune_jax.sparse_training import gradual, masked, rigl, sparse_evolution
 from tests.benchmarks.networks import NETWORKS, wide
-from tests.benchmarks.rounds import Figure, in_turns, ratio
+from tests.benchmarks.rounds import Figure, figure, in_turns, ratio
 
 EVERY = 100  # steps between two changes of the masks, as in the papers
 OPTIMIZERS = {"sgd": optax.sgd(1e-2, momentum=0.9), "adam": optax.adam(1e-3), "adamw": optax.adamw(1e-3)}
 
 
-def _stepper(
-    loss: Callable, tx: optax.GradientTransformation, params: Any, batch: Any, steps: int
-) -> Callable[[], Any]:
+def _step(loss: Callable, tx: optax.GradientTransformation) -> Callable[..., Any]:
     def step(params: Any, state: Any, batch: Any) -> Any:
         value, gradients = jax.value_and_grad(loss)(params, batch)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    jitted = jax.jit(step, donate_argnums=(0, 1))
+    return step
+
+
+def _stepper(
+    loss: Callable, tx: optax.GradientTransformation, params: Any, batch: Any, steps: int, *, at: int | None = None
+) -> Callable[[], Any]:
+    """Takes so many steps; if `at` is given, the step of that number each time."""
+    jitted = jax.jit(_step(loss, tx), donate_argnums=(0, 1))
     held = jax.tree.map(jnp.array, [params, tx.init(params)])  # copies: the step donates them
 
     def run() -> Any:
         for _ in range(steps):
+            if at is not None:
+                held[1] = held[1]._replace(step=jnp.asarray(at, jnp.int32))
             held[0], held[1], value = jitted(*held, batch)
         return value
 
@@ -55,12 +62,28 @@ def measure(rounds: int = 21) -> dict[str, Figure]:
             found[f"{name} {optimizer}: dense step / dense step"] = ratio(seconds, "again", "dense")
     params, loss, batches = wide(batches=1)
     batch = jax.tree.map(lambda a: jax.device_put(np.asarray(a)), batches[0])
-    methods = {"dense": OPTIMIZERS["adam"], "gradual": _gradual(), "rigl": _rigl()}
+    methods = {"dense": OPTIMIZERS["adam"], "gradual": _gradual(), "rigl": _rigl(), "set": _set()}
     runs = {name: _stepper(loss, tx, params, batch, EVERY) for name, tx in methods.items()}
-    seconds = in_turns(runs, rounds=rounds // 3)  # the masks change once in each call
-    for method in ("gradual", "rigl"):
+    changes = {
+        f"{name} due": _stepper(loss, tx, params, batch, 8, at=EVERY) for name, tx in methods.items() if name != "dense"
+    }
+    changes["dense due"] = _stepper(loss, methods["dense"], params, batch, 8)
+    seconds = in_turns({**runs, **changes}, rounds=rounds // 3)  # the masks change once in each call of `runs`
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    scratch = {name: _scratch(loss, tx, params, batch) for name, tx in methods.items()}
+    for method in methods.keys() - {"dense"}:
         found[f"wide adam: {method} step, masks every {EVERY} / dense step"] = ratio(seconds, method, "dense")
+        due = ratio(seconds, f"{method} due", "dense due")
+        found[f"wide adam: {method} step that changes masks / dense step"] = due
+        more = (scratch[method] - scratch["dense"]) / size
+        found[f"wide adam: {method} scratch beyond the dense step's / parameters"] = figure([more])
     return found
+
+
+def _scratch(loss: Callable, tx: optax.GradientTransformation, params: Any, batch: Any) -> int:
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(_step(loss, tx), donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def _gradual() -> optax.GradientTransformation:
@@ -69,3 +92,7 @@ def _gradual() -> optax.GradientTransformation:
 
 def _rigl() -> optax.GradientTransformation:
     return rigl(OPTIMIZERS["adam"], sparsity=0.9, every=EVERY, end=100_000, key=jax.random.key(0))
+
+
+def _set() -> optax.GradientTransformation:
+    return sparse_evolution(OPTIMIZERS["adam"], sparsity=0.9, every=EVERY, end=100_000, key=jax.random.key(0))

@@ -7,17 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from prune_jax.selection import all_but_lowest
-from tests.benchmarks.rounds import Figure, in_turns, ratio
+from tests.benchmarks.rounds import Figure, figure, in_turns, ratio
 
 SORTED = 1_000_000  # more would take seconds
 
 
 def measure(rounds: int = 7) -> dict[str, Figure]:
     found = {}
-    for size in (SORTED, 10_000_000):
+    for size in (SORTED, 10_000_000, 50_000_000):
         scores = jnp.asarray(np.abs(np.random.default_rng(0).standard_normal(size, np.float32))).reshape(1000, -1)
         host, total = np.asarray(scores), jax.jit(jnp.sum)
         k = size * 9 // 10
+        living = sum(int(jnp.sum(mask, dtype=jnp.int32)) for mask in all_but_lowest([jnp.round(scores, 2)], [None], k))
+        if living != size - k:
+            raise AssertionError(f"{living} of {size} scores with ties live, not {size - k}")
         ways = {
             "choose": lambda s=scores, k=k: all_but_lowest([s], [None], k),
             "read": lambda s=scores, total=total: total(s),
@@ -27,6 +30,8 @@ def measure(rounds: int = 7) -> dict[str, Figure]:
             argsort = jax.jit(lambda s: jnp.argsort(s.ravel()))
             ways["argsort"] = lambda s=scores, argsort=argsort: argsort(s)
         seconds = in_turns(ways, rounds=rounds)
+        scratch = jax.jit(lambda s, k=k: all_but_lowest([s], [None], k)).lower(scores).compile().memory_analysis()
+        found[f"{size:,} scores: scratch of a score"] = figure([scratch.temp_size_in_bytes / size], "bytes")
         for way in ways.keys() - {"choose"}:
             found[f"{size:,} scores: selection / {way}"] = ratio(seconds, "choose", way)
     return found
