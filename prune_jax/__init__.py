@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ste,
         surgery,
     )
+    from prune_jax.sweeping import sparsegpt
 
 _HOME = {
     "Cost": "prune_jax.costs",
@@ -46,6 +47,7 @@ _HOME = {
     "run": "prune_jax.launch",
     "score": "prune_jax.scoring",
     "sparse_evolution": "prune_jax.sparse_training",
+    "sparsegpt": "prune_jax.sweeping",
     "static": "prune_jax.sparse_training",
     "ste": "prune_jax.sparse_training",
     "surgery": "prune_jax.sparse_training",
@@ -69,6 +71,7 @@ __all__ = [
     "run",
     "score",
     "sparse_evolution",
+    "sparsegpt",
     "static",
     "ste",
     "surgery",

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import jax
+
 from prune_jax.arguments import check_arguments
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.notation import FAMILIES
@@ -41,6 +43,9 @@ class Criterion:
     combine: str = "sum"
     # Of a solver: `compensate(params, stats, masks, **options)` answers the weights under masks, survivors corrected.
     compensate: Callable[..., PyTree] | None = None
+    # Of a solver that chooses while it corrects, layer by layer: `sweep(w, products, **choice, **options)` answers mask
+    # and weights, see `surgeon.solve`; its function scores layers, `{path: w}` with `input_products` alone.
+    sweep: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
     @property
     def data_free(self) -> bool:
@@ -108,7 +113,7 @@ class Criterion:
 
 OURS = ("key", "loss", "correct", "batches")  # what a criterion is given, and no option
 COMBINE = ("sum", "mean", "l1", "l2", "max")  # what one may want to be made of the scores of a unit's weights
-COUNTS = ("probes", "block")
+COUNTS = ("probes", "block", "inputs")
 NORMS = {1: "sum", 2: "l2", float("inf"): "max", "inf": "max"}
 
 
@@ -122,6 +127,7 @@ def criterion(
     granularities: tuple[str, ...] = FAMILIES,
     combine: str = "sum",
     compensate: Callable[..., PyTree] | None = None,
+    sweep: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
 ) -> Callable[[Callable[..., PyTree]], Criterion]:
     """Registers the function below it under `name`, with the facts of `Criterion`.
 
@@ -131,7 +137,8 @@ def criterion(
 
     def register(function: Callable[..., PyTree]) -> Criterion:
         instead = {option: frozenset(fields) for option, fields in (needs_if or {}).items()}
-        entry = Criterion(name, function, formula, paper, frozenset(needs), instead, granularities, combine, compensate)
+        given = (frozenset(needs), instead, granularities, combine, compensate, sweep)
+        entry = Criterion(name, function, formula, paper, *given)
         return CRITERIA.add(name, entry)
 
     return register
