@@ -342,7 +342,7 @@ class _Cut:
         self, number: int, weights: Mapping[str, jax.Array], values: _Values, *, new: bool
     ) -> tuple[_Values, _Sums]:
         """Goes on to a product: the values alive there, and, if wanted, the X^T X."""
-        eqns, read, left = self._parts[number]
+        _, read, left = self._parts[number]
         fixed = {self.named[path]: leaf for path, leaf in weights.items()} | self.consts
         given = [fixed[var] for var in read]
         needed = [values[var] for var in self._needed(number)]

@@ -98,7 +98,7 @@ def test_scores_agree_with_the_formula_by_hand(name, params, batches):
 
 
 def test_every_criterion_has_an_oracle():
-    elsewhere = {"random", "grasp", "obd", "synflow", "woodfisher", "wanda"}  # of wanda: test_wanda
+    elsewhere = {"random", "grasp", "obd", "synflow", "woodfisher", "wanda", "sparsegpt"}  # of wanda: test_wanda
     assert {name.split()[0] for name in ORACLES} | elsewhere == set(NAMES)
 
 
@@ -305,6 +305,7 @@ OPTIONS = {
     "sensitivity": {"signed": False},
     "obd": {"probes": 10},
     "woodfisher": {"block": 64, "dampening": 0.01},
+    "sparsegpt": {"block": 128, "dampening": 0.01, "inputs": 4096},
 }
 
 

@@ -62,15 +62,15 @@ def earlier(inputs=12, outputs=5):
 
 
 CASES = [
-    {"prune": 30},
+    pytest.param({"prune": 30}, marks=pytest.mark.slow),
     {"prune": 42, "block": 4},
     {"prune": 33, "block": 5, "dampening": 0.1, "before": earlier()},
     {"prune": 35, "block": 4, "by_output": True, "before": earlier()},
-    {"prune": 9, "before": earlier()},  # more is dead already
+    pytest.param({"prune": 9, "before": earlier()}, marks=pytest.mark.slow),  # more is dead already
     {"n_m": (2, 4), "block": 8, "before": earlier()},
-    {"n_m": (1, 5), "block": 10},  # the last group is of two
+    pytest.param({"n_m": (1, 5), "block": 10}, marks=pytest.mark.slow),  # the last group is of two
     {"mask": earlier(), "block": 6},
-    {"prune": 0},
+    pytest.param({"prune": 0}, marks=pytest.mark.slow),
 ]
 
 
@@ -94,6 +94,7 @@ def test_masks_and_weights_are_those_of_the_slow_way(words):
         assert not (np.asarray(mask) & ~before).any()
 
 
+@pytest.mark.slow
 def test_kernels_side_by_side_and_pieces_of_inputs_are_solved_as_if_alone():
     """Two groups under n:m; and one kernel of which the inputs do not see those of the other piece."""
     (x, w), (y, v) = layer(12), layer(12, examples=50)
@@ -130,6 +131,7 @@ def test_costs_are_those_of_single_removals():
         np.testing.assert_allclose(found[i, 0], lost, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_outputs_change_less_than_without_the_update_and_than_by_magnitude():
     x, w = layer(64, 16, 500)
     xx = jnp.asarray(x.T @ x, jnp.float32)
@@ -150,6 +152,7 @@ def test_the_best_weights_under_the_mask_are_no_better_where_only_the_first_inpu
     np.testing.assert_allclose(moved[1:], best, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_input_that_is_always_zero_dies_first_and_breaks_nothing():
     x, w = layer()
     x[:, 3] = 0

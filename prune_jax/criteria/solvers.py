@@ -11,8 +11,8 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 
 from prune_jax.blocks import cut, join
 from prune_jax.criteria.entry import criterion
-from prune_jax.surgeon import costs, solve
 from prune_jax.statistics import Statistics
+from prune_jax.surgeon import costs, solve
 from prune_jax.trees import PyTree
 
 

@@ -34,6 +34,11 @@ BOUNDS: dict[str, dict[str, float | None]] = {
     "masked_step": {"*dense step / dense step": None, "*": 1.05},
     "scoring": {"*plain again*": None, "*fisher pass / gradient pass": None, "*": 1.1},
     "selection": {"*": None},
+    "layers": {
+        "*sweep / product of its FLOPs": 3,
+        "wanda*: scores / forward pass": 1.5,
+        "*": None,
+    },
     "compaction": {
         "analysis of ViT-B*": 2.7,
         "analysis of a ViT of 1.0 G*": 30,
