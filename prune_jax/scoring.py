@@ -286,7 +286,8 @@ def mask(
             threshold that adapts to each leaf. A `threshold`, `statistic` or `percentile` is then one of shares.
         granularity: what dies together: `weight`; `neuron`, `kernel` or `{"block": [r, c]}`, whose score is the sum of
             its weights' scores (see `granularity.unit_scores`); or n:m such as `"2:4"`, where n are kept of each m
-            weights along the inputs (see `masks.choose_n_of_m`), and no target, scope or `min_keep` is given.
+            weights along the inputs, or along any axis, `{"n_m": "2:4", "axis": 0}` (see `masks.choose_n_of_m`), and no
+            target, scope or `min_keep` is given.
         alive: earlier masks: what is dead there stays dead, and dies first.
         min_keep: so many units of each leaf survive whatever their scores.
         params: the parameters; with them, the bias beside a kernel dies with its neurons.

@@ -16,7 +16,7 @@ from jax import lax
 from prune_jax.errors import UserMistake
 from prune_jax.selection import all_but_lowest, n_of_m
 
-STEP = 16  # inputs that are gone through one by one, before the later ones of their block hear of it in one product
+STEP = 8  # inputs that are gone through one by one, before the later ones of their block hear of it in one product
 SMALL = 256  # matrices of so many rows are factored as they are
 HIGHEST = lax.Precision.HIGHEST
 

@@ -117,7 +117,11 @@ def sweep(
     earlier = {path: jnp.asarray(each, bool) for path, each in leaves_by_path(alive).items() if path in chosen}
     dying = {path: each.size - int(jnp.sum(each)) for path, each in chosen.items()}
     m = granularity.numbers[1] if granularity.fixed else 1
-    paths = [path for path, count in dying.items() if count and (m == 1 or has_groups(chosen[path].shape, m))]
+    paths = [
+        path
+        for path, count in dying.items()
+        if count and (m == 1 or has_groups(chosen[path].shape, m, granularity.axis))
+    ]
 
     def of_layer(layer: Layer) -> jax.Array:
         before = layer.matrix(earlier[layer.path]) if layer.path in earlier else None
@@ -140,7 +144,7 @@ def _fixed(
     entry: Criterion, layer: Layer, alive: jax.Array | None, granularity: Granularity, options: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
     """Mask and weights of a layer of which n of each m weights are kept along an axis of the parameter."""
-    line, (n, m) = layer.along(-2), granularity.numbers
+    line, (n, m) = layer.along(granularity.axis), granularity.numbers[:2]
     turned, products = bool((np.diff(line.order) != 1).any()), layer.products
     if len(products) > 1 and not line.across and (turned or (line.size % m and line.size < layer.w.shape[1])):
         raise UserMistake(

@@ -147,3 +147,25 @@ def test_one_shot_without_fine_tuning_it_beats_magnitude_on_digits(store, model)
         for name in added:
             added[name].append(losses[name] - losses["train"])
     assert sum(added["sparsegpt"]) < sum(added["magnitude"]) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "axis"), [("conv", -2), ("conv", 1), ("heads", -2), ("heads", 2)], ids=str)
+def test_n_of_m_holds_along_any_axis_of_any_layout(path, axis):
+    """1:2 along the inputs and positions of a grouped convolution, and along inputs and widths of heads."""
+    params = {"conv": PARAMS["conv"], "heads": make(3, 96, 4)}
+    only = lambda p, x: jnp.sum(jnp.einsum("nd,hdk->nhk", hidden(p, x), p["heads"]))  # noqa: E731
+    unit = {"n_m": "1:2", "axis": axis}
+    found, masks = pj.sparsegpt(params, loss=only, batches=BATCHES, granularity=unit, prunable=[path])
+    mask = np.moveaxis(np.asarray(masks[path]), axis, -1)
+    for start in range(0, mask.shape[-1] - 1, 2):
+        assert (mask[..., start : start + 2].sum(axis=-1) == 1).all()
+    dead = ~np.asarray(masks[path])
+    assert not np.asarray(found[path])[dead].any()
+    assert np.any(np.asarray(found[path])[~dead] != np.asarray(params[path])[~dead])
+
+
+def test_axes_that_cannot_be_followed_are_refused():
+    words = {"loss": loss, "batches": BATCHES, "prunable": ["conv"]}
+    with pytest.raises(UserMistake, match=r"axis -1 of 'conv' \[2, 3, 2, 6\] cuts across the products with it"):
+        pj.sparsegpt(PARAMS, granularity={"n_m": "1:2", "axis": -1}, **words)

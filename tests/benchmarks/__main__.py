@@ -35,7 +35,7 @@ BOUNDS: dict[str, dict[str, float | None]] = {
     "scoring": {"*plain again*": None, "*fisher pass / gradient pass": None, "*": 1.1},
     "selection": {"*": None},
     "layers": {
-        "*sweep / product of its FLOPs": 3,
+        "*sweep / product of its FLOPs": 3.4,
         "wanda*: scores / forward pass": 1.5,
         "*": None,
     },

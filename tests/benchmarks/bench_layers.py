@@ -1,7 +1,7 @@
 """Solvers and criteria that look at what layers see, against what their papers say they cost.
 
-SparseGPT is O(in^3 + in^2 out) for a layer: its sweep is set beside one plain product of the same FLOPs, in^2 out, and all
-of it beside one of in^2 out + in^3. Wanda is one forward pass and O(weights): it is set beside that pass.
+SparseGPT is O(in^3 + in^2 out) for a layer: its sweep is set beside one plain product of the same FLOPs, in^2 out, and
+all of it beside one of in^2 out + in^3. Wanda is one forward pass and O(weights): it is set beside that pass.
 """
 
 from __future__ import annotations
