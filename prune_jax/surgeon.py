@@ -116,7 +116,7 @@ def costs(w: jax.Array, xx: jax.Array | Sequence[jax.Array], *, dampening: float
     Returns:
         float32, shaped like `w`, >= 0, in squared units of the outputs; 0 for inputs that are always zero.
 
-    >>> costs(jnp.array([[1.0], [2.0]]), jnp.array([[2.0, 1.0], [1.0, 2.0]]), dampening=0.0).ravel()
+    >>> costs(jnp.array([[1.0], [2.0]]), jnp.array([[2.0, 1.0], [1.0, 2.0]]), dampening=0.0).ravel().round(2)
     Array([0.75, 3.  ], dtype=float32)
     """
     pieces = (xx,) if isinstance(xx, jax.Array) else tuple(xx)

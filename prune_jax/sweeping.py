@@ -67,7 +67,7 @@ def sparsegpt(
     >>> params = {"w": jnp.array([[3.0], [1.0]])}  # two inputs that are always equal
     >>> words = {"loss": lambda p, x: jnp.mean(x @ p["w"]), "batches": [jnp.array([[1.0, 1.0], [2.0, 2.0]])]}
     >>> sparsegpt(params, sparsity=0.5, **words)[0]["w"].round(1).ravel()
-    Array([4., 0.], dtype=float32)
+    Array([0., 4.], dtype=float32)
     """
     entry = find("sparsegpt")
     unit = check_granularity(granularity, entry.granularities)

@@ -250,6 +250,9 @@ def made_up(fields, weights):
         outputs, blocks, size = grid(weights["w"].shape, 64)
         matrix = jnp.eye(size) + 0.1
         given["fisher_blocks"] = {"w": jnp.broadcast_to(matrix, (outputs, blocks, size, size))}
+    if "input_products" in given:
+        inputs = weights["w"].shape[0]
+        given["input_products"] = {"w": (jnp.eye(inputs) + 0.1,)}
     return Statistics(**given)
 
 

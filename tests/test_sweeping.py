@@ -131,7 +131,7 @@ def test_coarser_units_are_refused_when_the_recipe_is_read(store, granularity, w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [{"kind": "mlp", "widths": [100, 50]}, {"kind": "lenet-5"}], ids=["mlp", "lenet-5"])
+@pytest.mark.parametrize("model", [{"kind": "mlp", "widths": [100, 50]}, {"kind": "cnn"}], ids=["mlp", "lenet-5"])
 def test_one_shot_without_fine_tuning_it_beats_magnitude_on_digits(store, model):
     """At 70 % in each layer, over three seeds: at most half of the loss that magnitude adds."""
     stages = {"train": {"kind": "train", "epochs": 10, "optimizer": {"learning_rate": 0.003}}}
