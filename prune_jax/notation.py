@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 from prune_jax.errors import UserMistake, did_you_mean
 
 FAMILIES = ("weight", "n:m", "block", "kernel", "neuron", "group", "layer")
-_FORMS = {
-    "n:m": "n:m such as '2:4' or {n_m: '2:4', axis: -1}",
-    "block": "{block: [r, c]}",
-}  # of those that take numbers
+_FORMS = {"n:m": "n:m such as '2:4'", "block": "{block: [r, c]}"}  # of those that take numbers
 
 
 class Granularity(NamedTuple):
