@@ -17,7 +17,7 @@ PRIMITIVES = ("dot_general", "conv_general_dilated")
 PATCH_BYTES = 1 << 26  # patches of a convolution's inputs that are held at once
 
 
-def matrix(eqn: JaxprEqn, kernel: int, w: jax.Array) -> jax.Array:
+def kernel_matrix(eqn: JaxprEqn, kernel: int, w: jax.Array) -> jax.Array:
     """The kernel of a product as `[groups, in, out]`: in what is summed over, groups what stands side by side.
 
     Of a convolution in are the positions, outermost, and the inputs of one of its groups.
@@ -39,12 +39,12 @@ def matrix(eqn: JaxprEqn, kernel: int, w: jax.Array) -> jax.Array:
     return w.reshape(groups, w.shape[0] // groups, -1).transpose(0, 2, 1)
 
 
-def products(eqn: JaxprEqn, kernel: int, x: jax.Array, edges: Sequence[int]) -> tuple[jax.Array, ...]:
+def gram_matrices(eqn: JaxprEqn, kernel: int, x: jax.Array, edges: Sequence[int]) -> tuple[jax.Array, ...]:
     """X^T X, summed over all examples and positions, for each piece of the inputs.
 
     Args:
-        eqn: as of `matrix`.
-        kernel: as of `matrix`.
+        eqn: as of `kernel_matrix`.
+        kernel: as of `kernel_matrix`.
         x: the other operand.
         edges: where pieces of the inputs begin, and where the last one ends.
 
@@ -63,9 +63,9 @@ def products(eqn: JaxprEqn, kernel: int, x: jax.Array, edges: Sequence[int]) -> 
     return tuple(jnp.sum(each, axis=0) for each in sums)
 
 
-def inputs(eqn: JaxprEqn, kernel: int) -> int:
+def kernel_inputs(eqn: JaxprEqn, kernel: int) -> int:
     """How many inputs the kernel sums over for each output."""
-    return jax.eval_shape(partial(matrix, eqn, kernel), eqn.invars[kernel].aval).shape[1]
+    return jax.eval_shape(partial(kernel_matrix, eqn, kernel), eqn.invars[kernel].aval).shape[1]
 
 
 def _rows(eqn: JaxprEqn, kernel: int, x: jax.Array) -> jax.Array:
@@ -111,7 +111,7 @@ def _convolved(eqn: JaxprEqn, edges: Sequence[int], x: jax.Array) -> tuple[jax.A
 def _patch_bytes(eqn: JaxprEqn) -> int:
     """What the patches of one example take."""
     out = [_shape(eqn.outvars[0])[d] for d in eqn.params["dimension_numbers"].out_spec[2:]]
-    return 4 * math.prod(out) * inputs(eqn, 1) * eqn.params["feature_group_count"]
+    return 4 * math.prod(out) * kernel_inputs(eqn, 1) * eqn.params["feature_group_count"]
 
 
 def _shape(atom: Any) -> tuple[int, ...]:

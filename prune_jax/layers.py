@@ -18,9 +18,9 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.tree_util import Partial
 
-from prune_jax import gram
 from prune_jax.activations import Product, products_in
 from prune_jax.errors import UserMistake
+from prune_jax.gram import PRIMITIVES, gram_matrices, kernel_inputs, kernel_matrix
 from prune_jax.groups.dataflow import CALLS, DERIVATIVES
 from prune_jax.groups.walk import bind
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
@@ -254,7 +254,7 @@ def _made(
     structs = [jax.ShapeDtypeStruct(*shapes[i]) for i in order]
     closed = jax.make_jaxpr(whole)(*structs)
     flat = jax.make_jaxpr(lambda *leaves: _uncalled(closed.jaxpr, closed.consts, leaves))(*structs)
-    products, lost = products_in(flat, names, gram.PRIMITIVES)
+    products, lost = products_in(flat, names, PRIMITIVES)
     for path in sorted(paths):
         if path in lost or all(product.path != path for product in products):
             why = lost.get(path, "nothing reads it")
@@ -362,13 +362,13 @@ class _Cut:
         eqn = self._eqns[product.place]
         sums: _Sums = ()
         if new:
-            sums = gram.products(eqn, product.kernel, known[self._seen(product)], self._edges(product))
+            sums = gram_matrices(eqn, product.kernel, known[self._seen(product)], self._edges(product))
         return [known[var] for var in left], sums
 
     def _edges(self, product: Product) -> tuple[int, ...]:
         """Where pieces of a layer's inputs begin, as even as multiples allow."""
         most, multiple = self._pieces
-        inputs = gram.inputs(self._eqns[product.place], product.kernel)
+        inputs = kernel_inputs(self._eqns[product.place], product.kernel)
         count = -(-inputs // most)
         size = -(-inputs // count)
         size += -size % multiple
@@ -391,4 +391,4 @@ class _Cut:
 
 
 def _as_matrix(eqn: JaxprEqn, product: Product, leaf: Any) -> jax.Array:
-    return gram.matrix(eqn, product.kernel, product.moved(jnp.asarray(leaf)))
+    return kernel_matrix(eqn, product.kernel, product.moved(jnp.asarray(leaf)))
