@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         surgery,
         variational_dropout,
     )
+    from prune_jax.sweeping import sparsegpt
 
 _HOME = {
     "Cost": "prune_jax.costs",
@@ -59,6 +60,7 @@ _HOME = {
     "settle": "prune_jax.sparse_training",
     "soft_threshold": "prune_jax.sparse_training",
     "sparse_evolution": "prune_jax.sparse_training",
+    "sparsegpt": "prune_jax.sweeping",
     "static": "prune_jax.sparse_training",
     "ste": "prune_jax.sparse_training",
     "surgery": "prune_jax.sparse_training",
@@ -89,6 +91,7 @@ __all__ = [
     "settle",
     "soft_threshold",
     "sparse_evolution",
+    "sparsegpt",
     "static",
     "ste",
     "surgery",

@@ -7,7 +7,7 @@ The function is evaluated equation by equation. On the way each parameter is fol
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -144,6 +144,61 @@ def capture(apply: Callable[..., Any], params: PyTree, *inputs: Any, places: Ite
     return Captured(tuple(walk.readings), tuple(walk.additions), unseen, walk.at)
 
 
+class Product(NamedTuple):
+    """An equation in which a whole parameter, its elements moved at most, is the kernel.
+
+    Attributes:
+        place: the number of the equation.
+        path: of the parameter.
+        kernel: which operand it is.
+        moved: the parameter, or an array of its shape -> what is multiplied.
+    """
+
+    place: int
+    path: str
+    kernel: int
+    moved: Callable[[jax.Array], jax.Array]
+
+
+def products_in(
+    closed: ClosedJaxpr, paths: Sequence[str], known: Collection[str]
+) -> tuple[list[Product], dict[str, str]]:
+    """The products in which parameters are kernels, and what becomes of those of which that is not so.
+
+    Args:
+        closed: of a function in which nothing is called; nothing is run.
+        paths: of the parameters, which come first among its inputs.
+        known: primitives that count.
+
+    Returns:
+        Products in the order of evaluation; path -> why not, of parameters that are read in other ways.
+    """
+    walk, found, lost = _Walk(frozenset()), [], dict[str, str]()
+
+    def run(*leaves: jax.Array) -> tuple[()]:
+        values = [_Value(leaf, _PARAMS, _View.of(p, leaf.shape)) for p, leaf in zip(paths, leaves, strict=False)]
+        seen: dict[Any, _Value] = dict(zip(closed.jaxpr.constvars, map(_Value, closed.consts), strict=True))
+        rest = [_Value(leaf, _DATA) for leaf in leaves[len(paths) :]]
+        seen |= zip(closed.jaxpr.invars, [*values, *rest], strict=True)
+        for place, eqn in enumerate(closed.jaxpr.eqns):
+            operands = [_Value(a.val) if isinstance(a, Literal) else seen[a] for a in eqn.invars]
+            count = len(walk.readings)
+            seen.update(zip(eqn.outvars, walk.equation(eqn, operands, None), strict=True))
+            if len(walk.readings) == count:
+                continue
+            (kernel, view), *_ = [(i, o.view) for i, o in enumerate(operands) if o.view is not None]
+            whole = math.prod(view.shape) == math.prod(_shape(eqn.invars[kernel]))
+            if eqn.primitive.name in known and whole:
+                found.append(Product(place, view.path, kernel, view.forward))
+            else:
+                lost[view.path] = "parts of it are read" if whole is False else f"it goes into {eqn.primitive.name!r}"
+        return ()
+
+    jax.eval_shape(run, *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars))
+    read = {product.path for product in found}
+    return found, {path: f"it goes into {name!r}" for path, name in walk.unseen.items() if path not in read} | lost
+
+
 def struct(leaf: Any) -> jax.ShapeDtypeStruct:
     """Its shape and type."""
     return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf))
@@ -168,15 +223,15 @@ class _View:
     def moved(self, axes: Sequence[Parts], move: Move | None = None) -> _View:
         return _View(self.path, self.shape, tuple(axes), (*self.moves, move) if move else self.moves)
 
+    def forward(self, w: jax.Array) -> jax.Array:
+        """An array shaped like the parameter -> what the view is of it."""
+        for move in self.moves:
+            w = move(w)
+        return w
+
     def back(self, array: jax.Array) -> jax.Array:
         """Sums for the elements of the view -> sums for those of the parameter."""
-
-        def forward(w: jax.Array) -> jax.Array:
-            for move in self.moves:
-                w = move(w)
-            return w
-
-        return jax.linear_transpose(forward, jax.ShapeDtypeStruct(self.shape, jnp.float32))(array)[0]
+        return jax.linear_transpose(self.forward, jax.ShapeDtypeStruct(self.shape, jnp.float32))(array)[0]
 
 
 _CONSTANT, _PARAMS, _DATA = range(3)  # what a value is made of at most
@@ -206,11 +261,11 @@ class _Walk:
 
         for i, eqn in enumerate(jaxpr.eqns):
             here = None if place is None else (*place, i)
-            outputs = self._equation(eqn, [read(atom) for atom in eqn.invars], here)
+            outputs = self.equation(eqn, [read(atom) for atom in eqn.invars], here)
             known.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _equation(self, eqn: JaxprEqn, operands: list[_Value], place: Place | None) -> list[_Value]:
+    def equation(self, eqn: JaxprEqn, operands: list[_Value], place: Place | None) -> list[_Value]:
         name = eqn.primitive.name
         held = eqn.params.get(CALLS.get(name) or DERIVATIVES.get(name, ""))
         viewed = [i for i, operand in enumerate(operands) if operand.view is not None]

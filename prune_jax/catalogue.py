@@ -76,7 +76,8 @@ GRANULARITIES = {
     "weight": ("", "each weight by itself", ""),
     "n:m": (
         "n:m, such as '2:4'",
-        "w[m g : m g + m, o]: n are kept of each m weights along the inputs; no target",
+        "w[m g : m g + m, o]: n are kept of each m weights along the inputs, or along another axis: "
+        "{n_m: '2:4', axis: -1}; no target",
         "Mishra et al. 2021, arXiv:2104.08378",
     ),
     "block": (

@@ -26,7 +26,7 @@ Tile = tuple[int | None, ...]  # how long it is along each axis of a leaf; None:
 # The tile of each granularity, by the number of the leaf's axes; the last two are those of a kernel [.., in, out].
 TILES: dict[str, Callable[..., Tile]] = {
     "weight": lambda ndim: (1,) * ndim,
-    "n:m": lambda ndim, n, m: (1,) * ndim,
+    "n:m": lambda ndim, n, m, axis=-2: (1,) * ndim,
     "block": lambda ndim, rows, columns: (1,) * (ndim - 2) + (rows, columns),
     "kernel": lambda ndim: (None,) * (ndim - 2) + (1,) * min(ndim, 2),
     "neuron": lambda ndim: (None,) * (ndim - 1) + (1,) * min(ndim, 1),
@@ -64,16 +64,18 @@ def check_leaves(shapes: Mapping[str, Shape], granularity: Written) -> None:
     unit = check_granularity(granularity)
     for path, shape in shapes.items():
         _tile(shape, unit, path)
-    if unit.fixed and not any(has_groups(shape, unit.numbers[1]) for shape in shapes.values()):
+    if unit.fixed and not any(has_groups(shape, unit.numbers[1], unit.axis) for shape in shapes.values()):
         found = ", ".join(f"{path!r} {list(shape)}" for path, shape in shapes.items())
         raise UserMistake(
             f"{unit} needs a kernel [.., in, out] of {unit.numbers[1]} inputs or more, but there is only {found}"
+            if unit.axis == -2
+            else f"{unit} needs a kernel of {unit.numbers[1]} or more along axis {unit.axis}, but there is only {found}"
         )
 
 
-def has_groups(shape: Shape, m: int) -> bool:
-    """Whether n:m prunes such a leaf: one of two axes or more, of m inputs or more; others stay dense."""
-    return len(shape) >= 2 and shape[-2] >= m
+def has_groups(shape: Shape, m: int, axis: int = -2) -> bool:
+    """Whether n:m prunes such a leaf: one of two axes or more, m or more along that axis; others stay dense."""
+    return len(shape) >= 2 and -len(shape) <= axis < len(shape) and shape[axis] >= m
 
 
 def unit_shape(shape: Shape, granularity: Written = "weight") -> Shape:

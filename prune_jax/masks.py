@@ -61,16 +61,17 @@ def choose(
     return map_by_path(mask, scores)
 
 
-def choose_n_of_m(scores: PyTree, n: int, m: int, *, alive: PyTree | None = None) -> PyTree:
-    """Masks all but the n highest of each m weights that follow one another along the inputs, axis -2.
+def choose_n_of_m(scores: PyTree, n: int, m: int, axis: int = -2, *, alive: PyTree | None = None) -> PyTree:
+    """Masks all but the n highest of each m weights that follow one another along an axis, left out the inputs, -2.
 
-    Of equal ones the first die. What is dead in `alive` dies first and stays dead. Where m does not divide the inputs,
-    at most n of the last, shorter group live. Leaves of fewer than two axes, or than m inputs, stay dense.
+    Of equal ones the first die. What is dead in `alive` dies first and stays dead. Where m does not divide the axis,
+    at most n of the last, shorter group live. Leaves of fewer than two axes, or than m along this one, stay dense.
 
     Args:
         scores: arrays `[.., in, out]` of finite numbers.
         n: how many of each group live.
         m: how many weights are a group.
+        axis: along which a group lies, counted from the front or, below 0, from the end.
         alive: earlier masks of the same shapes; leaves that it lacks count as alive.
 
     Returns:
@@ -80,10 +81,15 @@ def choose_n_of_m(scores: PyTree, n: int, m: int, *, alive: PyTree | None = None
 
     def mask(path: str, leaf: Any) -> jax.Array:
         leaf, tier = jnp.asarray(leaf), living.get(path)
-        found = n_of_m(leaf, tier, n, m) if has_groups(leaf.shape, m) else jnp.ones(leaf.shape, bool)
+        found = _along(leaf, tier, n, m, axis) if has_groups(leaf.shape, m, axis) else jnp.ones(leaf.shape, bool)
         return found if tier is None else found & tier
 
     return map_by_path(mask, scores)
+
+
+def _along(leaf: jax.Array, tier: jax.Array | None, n: int, m: int, axis: int) -> jax.Array:
+    moved, held = (None if a is None else jnp.moveaxis(a, axis, -2) for a in (leaf, tier))
+    return jnp.moveaxis(n_of_m(moved, held, n, m), -2, axis)
 
 
 def _by_output(leaf: jax.Array, alive: jax.Array | None, prune: int) -> jax.Array:

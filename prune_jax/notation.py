@@ -1,4 +1,4 @@
-"""How granularities are written, in recipes and in Python: `weight`, `kernel`, `"2:4"`, `{block: [4, 1]}`."""
+"""How granularities are written: `weight`, `kernel`, `"2:4"`, `{n_m: "2:4", axis: -1}`, `{block: [4, 1]}`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ _FORMS = {"n:m": "n:m such as '2:4'", "block": "{block: [r, c]}"}  # of those th
 
 
 class Granularity(NamedTuple):
-    """What dies together: one of `FAMILIES`, and its numbers: n and m, or the rows and columns of a block."""
+    """What dies together: one of `FAMILIES`, and its numbers: n, m and an axis other than -2, or a block's sides."""
 
     family: str
     numbers: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self.family == "n:m":
-            return "{}:{}".format(*self.numbers)
+            n_m = "{}:{}".format(*self.numbers)
+            return n_m if self.axis == -2 else f"{{n_m: '{n_m}', axis: {self.axis}}}"
         return f"{{block: {list(self.numbers)}}}" if self.family == "block" else self.family
+
+    @property
+    def axis(self) -> int:
+        """Of n:m, the axis along which groups of m lie: the inputs of a kernel `[.., in, out]`, unless it was named."""
+        return self.numbers[2] if len(self.numbers) > 2 else -2
 
     @property
     def fixed(self) -> bool:
@@ -30,8 +36,9 @@ class Granularity(NamedTuple):
 
     def alone(self, *words: str) -> str:
         """Why a target, a scope or a `min_keep` does not go with a fixed one."""
-        n, m = self.numbers
-        return f"{self} keeps {n} of each {m} inputs, which says how many die where; leave {' and '.join(words)} out"
+        n, m = self.numbers[:2]
+        what = "inputs" if self.axis == -2 else "weights"
+        return f"{self} keeps {n} of each {m} {what}, which says how many die where; leave {' and '.join(words)} out"
 
 
 def read_granularity(written: Any) -> Granularity:
@@ -42,6 +49,8 @@ def read_granularity(written: Any) -> Granularity:
 
     >>> read_granularity("2:4"), read_granularity({"block": [4, 1]})
     (Granularity(family='n:m', numbers=(2, 4)), Granularity(family='block', numbers=(4, 1)))
+    >>> read_granularity({"n_m": "2:4", "axis": -1})
+    Granularity(family='n:m', numbers=(2, 4, -1))
     """
     if isinstance(written, Granularity):
         return written
@@ -52,6 +61,11 @@ def read_granularity(written: Any) -> Granularity:
         if not 1 <= n < m:
             raise UserMistake(f"keeps {n} of each {m}: n must be at least 1 and below m, as in '2:4'")
         return Granularity("n:m", (n, m))
+    if isinstance(written, Mapping) and "n_m" in written and written.keys() <= {"n_m", "axis"}:
+        found, axis = read_granularity(written["n_m"]), written.get("axis", -2)
+        if not found.fixed or found.axis != -2 or type(axis) is not int:
+            raise UserMistake("needs n:m in quotes and the number of an axis: {n_m: '2:4', axis: -1}")
+        return found if axis == -2 else Granularity("n:m", (*found.numbers, axis))
     if isinstance(written, Mapping) and list(written) == ["block"]:
         return Granularity("block", _sides(written["block"]))
     if isinstance(written, int) and written > 60:

@@ -236,10 +236,11 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
     from prune_jax.granularity import check_granularity, check_leaves, unit_shape
     from prune_jax.group_scoring import free_groups
     from prune_jax.group_stages import WIRED, kinds_of
+    from prune_jax.layers import check_layers
     from prune_jax.networks import at_rest, dense_in, mean_loss
     from prune_jax.objectives import inputs_of
     from prune_jax.scoring import prunable_paths
-    from prune_jax.statistics import check_inputs
+    from prune_jax.statistics import OF_INPUTS, OF_LAYERS, check_inputs
     from prune_jax.structure import groups_of
     from prune_jax.trees import leaves_by_path
 
@@ -289,10 +290,13 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
         with _at(recipe.name, f"stages.{name}.granularity", scored.granularity):
             unit = check_granularity(scored.granularity)
             check_leaves(shapes, unit)
-        if "input_square" in find(scored.criterion.name).needs:
+        if looked := find(scored.criterion.name).needs & OF_INPUTS:
             with _at(recipe.name, f"stages.{name}.criterion.name", scored.criterion.name):
                 loss = mean_loss(network, recipe.objective, variables.state)
-                check_inputs(loss, params, sample, prunable=paths)
+                if looked & OF_LAYERS:
+                    check_layers(loss, params, sample, paths)
+                else:
+                    check_inputs(loss, params, sample, prunable=paths)
         if unit.fixed or stage.kind == "score" or (stage.target and stage.target.word not in {"sparsity", "keep"}):
             continue
         target = stage.target.model_dump(exclude_none=True) if stage.target else {}

@@ -21,10 +21,11 @@ from prune_jax.granularity import (
     unit_shape,
     weight_masks,
 )
+from prune_jax.layers import Layer, visit
 from prune_jax.masks import check_collapse, check_finite, choose, choose_n_of_m, masks_of
 from prune_jax.notation import Granularity
 from prune_jax.selection import shares
-from prune_jax.statistics import OF_NETWORK, Apply, Loss, Statistics, flow, gather
+from prune_jax.statistics import OF_INPUTS, OF_LAYERS, OF_NETWORK, Apply, Loss, Statistics, flow, gather
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path, matches, names_in, select
 
 
@@ -131,7 +132,7 @@ def score(
     of_loss = needs - OF_NETWORK
     if of_loss and (loss is None or batches is None):
         raise UserMistake(
-            f"criterion {entry.name!r} needs {'inputs' if needs == {'input_square'} else 'gradients'}: give loss=, "
+            f"criterion {entry.name!r} needs {'inputs' if needs <= OF_INPUTS else 'gradients'}: give loss=, "
             "(params, batch) -> scalar, and batches=."
         )
     if needs & OF_NETWORK and (apply is None or inputs is None):
@@ -141,6 +142,10 @@ def score(
     if entry.stochastic and key is None:
         raise UserMistake(f"criterion {entry.name!r} draws random numbers: give key=, such as jax.random.key(0).")
     stats = Statistics()
+    if loss is not None and batches is not None and needs & OF_LAYERS:
+        scores = _by_layer(entry, params, loss, batches, paths, options)
+        check_finite(scores, entry.name)
+        return scores
     if loss is not None and batches is not None and of_loss:
         stats = gather(of_loss, loss, params, batches, prunable=paths, key=key, **entry.gathering(options))
     if apply is not None and needs & OF_NETWORK:
@@ -187,18 +192,58 @@ def compensate(
     Array([4., 0.], dtype=float32)
     """
     entry = find(criterion) if isinstance(criterion, str) else criterion
-    if entry.compensate is None:
-        known = ", ".join(name for name in CRITERIA if CRITERIA[name].compensate)
+    if entry.compensate is None and entry.sweep is None:
+        known = ", ".join(name for name in CRITERIA if CRITERIA[name].compensate or CRITERIA[name].sweep)
         raise UserMistake(f"criterion {entry.name!r} does not correct the survivors: choose {known}, or apply_masks.")
     options = dict(options or {})
     entry.check_options(options)
     alive = masks_of(params, masks)
+    if entry.sweep:
+        solved = leaves_by_path(_swept(entry, params, loss, batches, alive, options))
+        check_finite({path: solved[path] for path in alive}, entry.name)
+        return map_by_path(lambda path, leaf: solved[path] if path in alive else leaf, params)
     stats = gather(entry.needs_with(options), loss, params, batches, prunable=alive, **entry.gathering(options))
     chosen = jax.tree.map(jnp.asarray, select(params, alive))
     kept = map_by_path(lambda path, _: jnp.asarray(alive[path], bool), chosen)
     solved = leaves_by_path(_compensated(chosen, stats, kept, entry.compensate, tuple(sorted(options.items()))))
     check_finite(solved, entry.name)
     return map_by_path(lambda path, leaf: solved.get(path, leaf), params)
+
+
+def _by_layer(
+    entry: Criterion,
+    params: PyTree,
+    loss: Loss,
+    batches: Iterable[PyTree],
+    paths: Iterable[str],
+    options: Mapping[str, Any],
+) -> PyTree:
+    """Scores of weights by a criterion that looks at one layer at a time."""
+    scores: dict[str, jax.Array] = {}
+
+    def of_layer(layer: Layer) -> None:
+        stats = Statistics(input_products={layer.path: layer.products})
+        scores[layer.path] = layer.leaf(entry({layer.path: layer.w}, stats, **options)[layer.path])
+
+    visit(of_layer, loss, params, batches, tuple(paths), inputs={**entry.options, **options}["inputs"])
+    return map_by_path(lambda path, _: scores.get(path), params)
+
+
+def _swept(
+    entry: Criterion,
+    params: PyTree,
+    loss: Loss,
+    batches: Iterable[PyTree],
+    masks: Mapping[str, jax.Array],
+    options: Mapping[str, Any],
+) -> PyTree:
+    """Weights under given masks, layer by layer."""
+
+    def of_layer(layer: Layer) -> jax.Array:
+        assert entry.sweep is not None
+        return entry.sweep(layer.w, layer.products, mask=layer.matrix(masks[layer.path]), **options)[1]
+
+    return visit(of_layer, loss, params, batches, tuple(masks), inputs={**entry.options, **options}["inputs"])
 
 
 @partial(jax.jit, static_argnums=(3, 4))
@@ -241,7 +286,8 @@ def mask(
             threshold that adapts to each leaf. A `threshold`, `statistic` or `percentile` is then one of shares.
         granularity: what dies together: `weight`; `neuron`, `kernel` or `{"block": [r, c]}`, whose score is the sum of
             its weights' scores (see `granularity.unit_scores`); or n:m such as `"2:4"`, where n are kept of each m
-            weights along the inputs (see `masks.choose_n_of_m`), and no target, scope or `min_keep` is given.
+            weights along the inputs, or along any axis, `{"n_m": "2:4", "axis": 0}` (see `masks.choose_n_of_m`), and no
+            target, scope or `min_keep` is given.
         alive: earlier masks: what is dead there stays dead, and dies first.
         min_keep: so many units of each leaf survive whatever their scores.
         params: the parameters; with them, the bias beside a kernel dies with its neurons.

@@ -16,6 +16,7 @@ from prune_jax.criteria import find
 from prune_jax.datasets import Dataset
 from prune_jax.evaluation import describe, latencies, peak_bytes
 from prune_jax.export import EXTENSIONS, WRITERS
+from prune_jax.granularity import check_granularity
 from prune_jax.group_scoring import score_groups
 from prune_jax.group_stages import WIRED, compact, kinds_of, mask_groups
 from prune_jax.masks import apply_masks, check_collapse
@@ -51,6 +52,7 @@ from prune_jax.progress import Progress, Report, silent
 from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Sparsify, StageCall, StageResult, Status, Teaching
 from prune_jax.schedules import iterative
 from prune_jax.scoring import compensate, mask, prunable_paths, score
+from prune_jax.sweeping import sweep
 from prune_jax.trees import PyTree, leaves_by_path
 
 SPARSIFY: TypeAdapter[Sparsify | None] = TypeAdapter(Sparsify | None)
@@ -197,7 +199,7 @@ def _on_data(
 
 
 def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
-    """The network under masks of its lowest scores; a solver corrects the weights that survive."""
+    """The network under masks of its lowest scores; a solver corrects the weights that survive, or chooses anew."""
     if call.settings.get("granularity") in WIRED:
         return mask_groups(call, store, report)
     loaded = read_network(store, call.inputs["network"])
@@ -216,9 +218,16 @@ def mask_network(call: StageCall, store: Store, report: Report) -> tuple[Arrays,
         params=params,
     )
     criterion = meta["call"]["settings"]["criterion"]
-    if find(criterion["name"]).compensate:
+    entry = find(criterion["name"])
+    if entry.compensate or entry.sweep:
         given = _on_data(call, loaded, criterion, jax.random.key(meta["call"]["seed"]), report)
-        params = compensate(criterion["name"], params, masks, options=criterion.get("options", {}), **given)
+        given["options"] = criterion.get("options", {})
+        if entry.sweep:
+            where: dict[str, Any] = {"granularity": check_granularity(settings.get("granularity", "weight"))}
+            where["scope"] = settings.get("scope", "global")
+            params, masks = sweep(entry, params, masks, alive=alive, **where, **given)
+        else:
+            params = compensate(entry, params, masks, **given)
     if alive is not None:  # leaves that were not scored this time keep what they had: what is dead stays dead
         masks = like(params, leaves_by_path(alive) | leaves_by_path(masks))
     variables = Variables(jax.device_get(apply_masks(params, masks)), state)

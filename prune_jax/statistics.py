@@ -39,6 +39,7 @@ class Statistics(NamedTuple):
     hessian_diagonal: PyTree | None = None  # mean over batches and random signs z of z * (H z), estimates diag(H)
     fisher_blocks: PyTree | None = None  # mean over examples of g_i g_i^T in the blocks of `blocks.cut`
     flow: PyTree | None = None  # dR/d|w| of the network alone, see `flow`
+    input_products: PyTree | None = None  # of one layer at a time, see `layers.Layer`: mean over examples of x x^T
     input_square: PyTree | None = None  # mean over examples of the sum of x^2, x all that a weight is multiplied with
 
 
@@ -54,6 +55,8 @@ _PROBED = "hessian_diagonal"
 _BLOCKS = "fisher_blocks"
 
 OF_NETWORK = frozenset({"flow"})  # fields that no batch is needed for, but the network
+OF_LAYERS = frozenset({"input_products"})  # fields that are gathered layer by layer
+OF_INPUTS = OF_LAYERS | {_OF_INPUT}  # fields that the loss is looked through for, and not differentiated
 DRAWN = frozenset({_PROBED})  # fields that take a key
 OPTIONS = frozenset({"probes", "block"})  # of a criterion, that `gather` takes
 READ_TWICE = (
@@ -85,7 +88,7 @@ def gather(
     `jax.tree_util.Partial` of one, whose arrays are arguments of the compiled pass.
 
     Args:
-        needs: names of fields of `Statistics`, but for `flow`.
+        needs: names of fields of `Statistics`, but for `flow` and `input_products`.
         loss: `loss(params, batch) -> scalar`, a mean over the batch's examples.
         params: any pytree of arrays.
         batches: pytrees of arrays whose leading axis counts examples.
@@ -108,7 +111,7 @@ def gather(
     """
     needs = frozenset(needs)
     loss = loss if isinstance(loss, Partial) else Partial(loss)
-    known = tuple(field for field in Statistics._fields if field not in OF_NETWORK)
+    known = tuple(field for field in Statistics._fields if field not in OF_NETWORK | OF_LAYERS)
     for need in needs - frozenset(known):
         raise UserMistake(f"statistic {need!r} is not known{did_you_mean(need, known)} (known: {', '.join(known)})")
     if prunable is None:

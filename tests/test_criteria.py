@@ -98,7 +98,7 @@ def test_scores_agree_with_the_formula_by_hand(name, params, batches):
 
 
 def test_every_criterion_has_an_oracle():
-    elsewhere = {"random", "grasp", "obd", "synflow", "woodfisher", "wanda"}  # of wanda: test_wanda
+    elsewhere = {"random", "grasp", "obd", "synflow", "woodfisher", "wanda", "sparsegpt"}  # of wanda: test_wanda
     assert {name.split()[0] for name in ORACLES} | elsewhere == set(NAMES)
 
 
@@ -250,6 +250,9 @@ def made_up(fields, weights):
         outputs, blocks, size = grid(weights["w"].shape, 64)
         matrix = jnp.eye(size) + 0.1
         given["fisher_blocks"] = {"w": jnp.broadcast_to(matrix, (outputs, blocks, size, size))}
+    if "input_products" in given:
+        inputs = weights["w"].shape[0]
+        given["input_products"] = {"w": (jnp.eye(inputs) + 0.1,)}
     return Statistics(**given)
 
 
@@ -305,6 +308,7 @@ OPTIONS = {
     "sensitivity": {"signed": False},
     "obd": {"probes": 10},
     "woodfisher": {"block": 64, "dampening": 0.01},
+    "sparsegpt": {"block": 128, "dampening": 0.01, "inputs": 4096},
 }
 
 

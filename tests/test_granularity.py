@@ -435,3 +435,33 @@ def test_mistakes():
         pj.score("taylor", {"w": jnp.ones((2, 2))}, loss=jnp.sum, batches=[], granularity="neuron")
     with pytest.raises(UserMistake, match=r"the scores of 'w' are \[3\] but the parameter is \[2, 2\]"):
         pj.mask({"w": jnp.ones(3)}, keep=1, params={"w": jnp.ones((2, 2))})
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((3, 2, 5, 8), -1), ((6, 4), 0), ((2, 9, 3), 1)], ids=str)
+def test_n_of_m_runs_along_the_axis_that_is_named(shape, axis):
+    """By slow loops, what is dead before dying first; a group of fewer than four keeps at most two."""
+    rng = np.random.default_rng(0)
+    scores, alive = rng.random(shape, np.float32), rng.random(shape) > 0.3
+    words = {"granularity": {"n_m": "2:4", "axis": axis}, "alive": {"w": jnp.asarray(alive)}}
+    found = np.moveaxis(np.asarray(pj.mask({"w": jnp.asarray(scores)}, **words)["w"]), axis, -1)
+    ranked = np.moveaxis(np.where(alive, scores, -1), axis, -1)
+    for place in np.ndindex(ranked.shape[:-1]):
+        for start in range(0, ranked.shape[-1], 4):
+            group = ranked[place][start : start + 4]
+            wanted = np.zeros(len(group), bool)
+            wanted[np.argsort(-group, kind="stable")[:2]] = True
+            np.testing.assert_array_equal(found[place][start : start + 4], wanted & (group >= 0))
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"n_m": "2:4", "axis": "out"}, "needs n:m in quotes and the number of an axis"),
+        ({"n_m": "2:4", "axis": 2}, "needs a kernel of 4 or more along axis 2, but there is only 'w' .8, 8."),
+        ({"n_m": "2:4", "of": 1}, "is not known"),
+    ],
+    ids=["a word", "no such axis", "unknown"],
+)
+def test_axes_that_cannot_be_are_refused(written, message):
+    with pytest.raises(UserMistake, match=message):
+        pj.mask({"w": jnp.ones((8, 8))}, granularity=written)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import jax
+
 from prune_jax.arguments import check_arguments
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.notation import FAMILIES
@@ -41,6 +43,9 @@ class Criterion:
     combine: str = "sum"
     # Of a solver: `compensate(params, stats, masks, **options)` answers the weights under masks, survivors corrected.
     compensate: Callable[..., PyTree] | None = None
+    # Of a solver that chooses while it corrects, layer by layer: `sweep(w, products, **choice, **options)` answers mask
+    # and weights, see `surgeon.solve`; its function scores layers, `{path: w}` with `input_products` alone.
+    sweep: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     family: str = ""  # of `FAMILY_OF`; left out, that of what it needs
     cost: str = ""  # in passes; left out, that of what it needs
 
@@ -127,12 +132,13 @@ FAMILY_OF = {
     **dict.fromkeys(
         ("input_square", "zeros", "histogram", "label_histogram", "covariance"), ("activations", "1 forward pass")
     ),
+    "input_products": ("activations", "1 forward pass, in² numbers of a layer at a time"),
     "correct": ("the loss", "1 forward pass a unit"),
 }
 FAMILY_ORDER = ("weights", "gradients", "curvature", "activations", "the loss")
 OURS = ("key", "loss", "correct", "batches")  # what a criterion is given, and no option
 COMBINE = ("sum", "mean", "l1", "l2", "max")  # what one may want to be made of the scores of a unit's weights
-COUNTS = ("probes", "block")
+COUNTS = ("probes", "block", "inputs")
 NORMS = {1: "sum", 2: "l2", float("inf"): "max", "inf": "max"}
 
 
@@ -146,6 +152,7 @@ def criterion(
     granularities: tuple[str, ...] = FAMILIES,
     combine: str = "sum",
     compensate: Callable[..., PyTree] | None = None,
+    sweep: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
     family: str = "",
     cost: str = "",
 ) -> Callable[[Callable[..., PyTree]], Criterion]:
@@ -157,7 +164,7 @@ def criterion(
 
     def register(function: Callable[..., PyTree]) -> Criterion:
         instead = {option: frozenset(fields) for option, fields in (needs_if or {}).items()}
-        facts = (formula, paper, frozenset(needs), instead, granularities, combine, compensate, family, cost)
+        facts = (formula, paper, frozenset(needs), instead, granularities, combine, compensate, sweep, family, cost)
         return CRITERIA.add(name, Criterion(name, function, *facts))
 
     return register

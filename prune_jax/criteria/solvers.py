@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from prune_jax.blocks import cut, join
 from prune_jax.criteria.entry import criterion
 from prune_jax.statistics import Statistics
+from prune_jax.surgeon import costs, solve
 from prune_jax.trees import PyTree
 
 
@@ -77,6 +79,54 @@ def woodfisher(params: PyTree, stats: Statistics, *, block: int = 64, dampening:
         return join(_each(of_block, cut(w.astype(jnp.float32), block), F), w.shape)
 
     return jax.tree.map(of_leaf, params, stats.fisher_blocks)
+
+
+def swept(
+    w: jax.Array,
+    products: tuple[jax.Array, ...],
+    *,
+    block: int = 128,
+    dampening: float = 0.01,
+    inputs: int = 4096,
+    **choice: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """One layer's mask and weights, by `surgeon.solve`, whose `choice` it is; blocks begin where groups of m do."""
+    del inputs  # in so large pieces the products come
+    m = choice["n_m"][1] if choice.get("n_m") else 1
+    return solve(w, products, block=max(block - block % m, m), dampening=dampening, **choice)
+
+
+@criterion(
+    "sparsegpt",
+    formula="w_i^2 / (2 [H^-1]_ii), H = X^T X + l I of a layer; masks are chosen input by input, w_F -= w_i u_i / u_ii",
+    paper="Frantar & Alistarh 2023, arXiv:2301.00774",
+    needs=("input_products",),
+    granularities=("weight", "n:m"),
+    sweep=swept,
+)
+def sparsegpt(
+    params: PyTree, stats: Statistics, *, block: int = 128, dampening: float = 0.01, inputs: int = 4096
+) -> PyTree:
+    """What a layer's outputs lose with a weight when the others make up for it: s = w_i^2 / (2 [H^-1]_ii).
+
+    These scores say how many weights each layer loses, where layers compete. Which ones, and what the others become, is
+    found layer by layer by `surgeon.solve`, each from what it sees once those before it are pruned, and each layer's
+    masks input by input: the cost of a weight depends on what has died before it.
+
+    Args:
+        params: kernels `[groups, in, out]`, see `layers.Layer`.
+        stats: `input_products`, of each kernel X^T X `[groups, size, size]` of consecutive pieces of the inputs.
+        block: inputs whose masks are chosen together; 128 in the paper.
+        dampening: added to the diagonal of H, as a share of its mean; 0.01 in the paper.
+        inputs: X^T X is held of so many inputs at most, in 4 x inputs^2 bytes; those of wider layers are cut into
+            pieces that make up for one another no more. One layer's is held at a time, its inverse beside it.
+
+    Returns:
+        Scores shaped like `params`, float32, >= 0, in squared units of the layer's outputs.
+    """
+    del block, inputs  # options of the sweep, and of what `stats` holds
+    products = stats.input_products or {}
+    return {path: costs(w, products[path], dampening=dampening) for path, w in params.items()}
 
 
 def _each(of_block: Callable[..., jax.Array], *blocks: jax.Array) -> jax.Array:

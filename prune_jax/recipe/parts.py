@@ -170,6 +170,7 @@ def _readable(written: Any) -> Any:
 Granularity = Annotated[
     Literal["weight", "kernel", "neuron", "group", "layer"]
     | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")]
+    | Annotated[dict[Literal["n_m", "axis"], str | int], Field(min_length=1)]
     | Annotated[dict[Literal["block"], Annotated[list[Width], Field(min_length=2, max_length=2)]], Field(min_length=1)],
     BeforeValidator(_readable),
 ]

@@ -115,10 +115,11 @@ class Prunable(Frozen):
 
     granularity: Granularity = Field(
         default="weight",
-        description="what dies together; 'n:m': n are kept of each m weights along the inputs, without a target; "
+        description="what dies together; 'n:m': n are kept of each m weights along the inputs, "
+        "{n_m: 'n:m', axis: a}: along an axis, both without a target; "
         "block: r inputs x c outputs; kernel: all positions of a convolution; neuron: all inputs of an output; "
         "group: what the network's wiring ties; layer: a residual branch as a whole; `compact` can take both away",
-        examples=["weight", "2:4", {"block": [4, 1]}, "kernel", "neuron", "group", "layer"],
+        examples=["weight", "2:4", {"n_m": "2:4", "axis": -1}, {"block": [4, 1]}, "kernel", "neuron", "group", "layer"],
     )
     kinds: tuple[Literal["neuron", "channel", "head", "head_dim", "width", "feature"], ...] = Field(
         default=(), description="groups of these kinds alone; left out, all"

@@ -47,6 +47,11 @@ BOUNDS: dict[str, dict[str, float | None]] = {
     },
     "selection": {"* / read": 10, "*": None},
     "digits": {"*by hand": 0, "*": 1},
+    "layers": {
+        "*sweep / product of its FLOPs": 3.4,
+        "wanda*: scores / forward pass": 1.5,
+        "*": None,
+    },
     "compaction": {
         "analysis of ViT-B*": 2.7,
         "analysis of a ViT of 1.0 G*": 30,
