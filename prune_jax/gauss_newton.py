@@ -45,19 +45,18 @@ class Composed:
         return jnp.mean(self.loss(outputs, batch))
 
 
-def check_composed(loss: Partial) -> Composed:
-    """The parts of a loss; refuses one that has none."""
-    if not isinstance(loss.func, Composed):
-        raise UserMistake(
-            "curvature gauss_newton is made of a network and of what its outputs cost, but the loss is one function: "
-            "give loss=pj.composed(loss, apply), of loss(outputs, batch) and apply(params, *inputs), or take curvature "
-            "hessian."
-        )
-    return loss.func
+def check_composed(loss: Callable[..., jax.Array]) -> Partial:
+    """The loss, whose parts are known; refuses another."""
+    if isinstance(loss, Partial) and isinstance(loss.func, Composed):
+        return loss
+    raise UserMistake(
+        "curvature gauss_newton is made of a network and of what its outputs cost, but the loss is one function: give "
+        "loss=pj.composed(loss, apply), of loss(outputs, batch) and apply(params, *inputs), or take curvature hessian."
+    )
 
 
 def product(
-    direction: PyTree, loss: Partial, whole: Callable[[PyTree], PyTree], chosen: PyTree, batch: PyTree
+    direction: PyTree, loss: Callable[..., jax.Array], whole: Callable[[PyTree], PyTree], chosen: PyTree, batch: PyTree
 ) -> PyTree:
     """J^T (H_L (J v)): forward through the network, the loss's Hessian by the outputs, and back; no matrix is formed.
 
@@ -66,16 +65,16 @@ def product(
 
     Args:
         direction: v, shaped and typed like `chosen`.
-        loss: of a `Composed`.
+        loss: a `Partial` of a `Composed`.
         whole: makes of the chosen leaves all parameters.
         chosen: the leaves to differentiate by.
         batch: of the loss.
     """
-    parts = check_composed(loss)
+    held = check_composed(loss)
 
     def outputs(chosen: PyTree) -> PyTree:
-        return parts.outputs(*loss.args, whole(chosen), batch, **loss.keywords)
+        return held.func.outputs(*held.args, whole(chosen), batch, **held.keywords)
 
     answers, moved = jax.jvp(outputs, (chosen,), (direction,))
-    bent = jax.jvp(jax.grad(lambda y: parts.of_outputs(y, batch)), (answers,), (moved,))[1]
+    bent = jax.jvp(jax.grad(lambda y: held.func.of_outputs(y, batch)), (answers,), (moved,))[1]
     return jax.vjp(outputs, chosen)[1](bent)[0]
