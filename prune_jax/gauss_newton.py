@@ -45,10 +45,10 @@ class Composed:
         return jnp.mean(self.loss(outputs, batch))
 
 
-def check_composed(loss: Callable[..., jax.Array]) -> Partial:
-    """The loss, whose parts are known; refuses another."""
+def check_composed(loss: Callable[..., jax.Array]) -> tuple[Composed, Partial]:
+    """The parts of a loss, and itself with what it holds; refuses one whose parts are not known."""
     if isinstance(loss, Partial) and isinstance(loss.func, Composed):
-        return loss
+        return loss.func, loss
     raise UserMistake(
         "curvature gauss_newton is made of a network and of what its outputs cost, but the loss is one function: give "
         "loss=pj.composed(loss, apply), of loss(outputs, batch) and apply(params, *inputs), or take curvature hessian."
@@ -70,11 +70,11 @@ def product(
         chosen: the leaves to differentiate by.
         batch: of the loss.
     """
-    held = check_composed(loss)
+    parts, held = check_composed(loss)
 
     def outputs(chosen: PyTree) -> PyTree:
-        return held.func.outputs(*held.args, whole(chosen), batch, **held.keywords)
+        return parts.outputs(*held.args, whole(chosen), batch, **held.keywords)
 
     answers, moved = jax.jvp(outputs, (chosen,), (direction,))
-    bent = jax.jvp(jax.grad(lambda y: held.func.of_outputs(y, batch)), (answers,), (moved,))[1]
+    bent = jax.jvp(jax.grad(lambda y: parts.of_outputs(y, batch)), (answers,), (moved,))[1]
     return jax.vjp(outputs, chosen)[1](bent)[0]

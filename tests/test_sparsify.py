@@ -1,5 +1,9 @@
 """Recipes that prune while they train: what is published, keys, checkpoints in mid-schedule, refusals."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import optax
@@ -143,6 +147,14 @@ def test_every_method_is_the_same_on_sharded_weights(kind):
     whole, alone = trajectory(tx, 8)[-1]
     for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves((whole, alone)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_eight_devices_choose_what_one_does_and_gather_no_large_leaf():
+    """`gradual` with all weights in one pool, and `rigl`, on weights cut along both axes."""
+    script = [sys.executable, "-m", "tests.sharded_steps"]
+    done = subprocess.run(script, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 # At the methods' defaults. Measured: 0.923 and 0.955; 0.868 and 0.952; 0.935 and 0.952.
