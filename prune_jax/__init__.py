@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prune_jax.distillation import distilled
     from prune_jax.launch import run
     from prune_jax.masks import apply_masks
+    from prune_jax.objectives import composed
     from prune_jax.order import ends
     from prune_jax.perturbation import perturbed
     from prune_jax.schedules import cubic
@@ -42,6 +43,7 @@ _HOME = {
     "ac_dc": "prune_jax.sparse_training",
     "apply_masks": "prune_jax.masks",
     "compensate": "prune_jax.scoring",
+    "composed": "prune_jax.objectives",
     "correct_bias": "prune_jax.bias_correction",
     "cost": "prune_jax.costs",
     "cubic": "prune_jax.schedules",
@@ -73,6 +75,7 @@ __all__ = [
     "ac_dc",
     "apply_masks",
     "compensate",
+    "composed",
     "correct_bias",
     "cost",
     "cubic",

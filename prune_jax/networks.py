@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from prune_jax.bias_correction import correct_bias
@@ -20,7 +19,7 @@ from prune_jax.evaluation import evaluator
 from prune_jax.masks import sparsity
 from prune_jax.models import Network, Variables
 from prune_jax.moments import masked_moments
-from prune_jax.objectives import inputs_of, objective
+from prune_jax.objectives import composed, inputs_of, objective
 from prune_jax.order import dense
 from prune_jax.problems import dataset_of, examples_of, network_of, records_at, sample_of
 from prune_jax.progress import Progress, Report
@@ -132,20 +131,9 @@ def evaluator_of(network: Network, objective_name: str, batch_size: int) -> Call
     return evaluator(network, objective(objective_name), batch_size=max(batch_size, 256))
 
 
-@functools.lru_cache(maxsize=16)
-def _loss_function(network: Network, objective_name: str) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
-    goal = objective(objective_name)
-
-    def loss(state: PyTree, params: PyTree, batch: PyTree) -> jax.Array:
-        outputs, _ = network.apply(params, state, inputs_of(batch), train=False, key=None)
-        return jnp.mean(goal.loss(outputs, batch))
-
-    return loss
-
-
 def mean_loss(network: Network, objective_name: str, state: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
     """The resting network's mean loss, `(params, batch) -> scalar`; its state is an argument, so it compiles once."""
-    return jax.tree_util.Partial(_loss_function(network, objective_name), state)
+    return composed(objective(objective_name).loss, at_rest(network, state))
 
 
 @functools.lru_cache(maxsize=16)

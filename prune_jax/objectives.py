@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from prune_jax.errors import UserMistake
+from prune_jax.gauss_newton import Composed
 from prune_jax.registry import Registry, load_object
 from prune_jax.scoring import prunable_paths
 from prune_jax.trees import PyTree, leaves_by_path
@@ -207,6 +209,29 @@ def check(objective: Objective, outputs: jax.ShapeDtypeStruct, batch: Batch, *, 
             f"The model answers {outputs.shape[1]} logits for each example, but the data have {classes} classes. "
             "Give its last layer one output for each class."
         )
+
+
+def composed(
+    loss: Callable[[PyTree, PyTree], jax.Array],
+    apply: Callable[..., PyTree],
+    *,
+    inputs: Callable[[PyTree], tuple[Any, ...]] = inputs_of,
+) -> Partial:
+    """A network's mean loss `(params, batch) -> scalar` of two parts, which `obd` with `gauss_newton` asks for.
+
+    Equal parts compile once. Arrays that a `jax.tree_util.Partial` holds as `apply` are arguments of what is compiled.
+
+    Args:
+        loss: `(outputs, batch) -> scalar or [batch]`, of which the mean is taken.
+        apply: `(params, *inputs) -> outputs`.
+        inputs: of a batch, a tuple; left out, its `x`, and `lengths` if any.
+
+    >>> loss = composed(squared_error, lambda p, x: x @ p["w"])
+    >>> float(loss({"w": jnp.ones((2, 1))}, {"x": jnp.ones((3, 2)), "y": jnp.zeros((3, 1))}))
+    4.0
+    """
+    held = apply if isinstance(apply, Partial) else Partial(apply)
+    return Partial(Composed(loss, held.func, inputs), *held.args, **held.keywords)
 
 
 def penalty(params: PyTree, *, l1: float, l2: float, prunable: Collection[str] | None = None) -> jax.Array:

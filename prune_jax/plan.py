@@ -33,10 +33,10 @@ from prune_jax.sparse_training import find as find_method
 
 # A stage that comes to compute something else gets the next number, so that nothing old is taken for new.
 VERSIONS = {
-    "train": 1,
+    "train": 2,
     "score": 1,
     "mask": 1,
-    "finetune": 1,
+    "finetune": 2,
     "distill": 1,
     "prune": 1,
     "compact": 1,

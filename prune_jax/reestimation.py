@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -28,10 +29,9 @@ def reestimate(network: Network, variables: Variables, batches: Iterable[tuple[A
     Returns:
         The new state, in the containers of the old one.
     """
-
-    @jax.jit
-    def answers(old: PyTree, inputs: Any, key: jax.Array) -> PyTree:
-        return network.apply(variables.params, old, inputs, train=True, key=key)[1]
+    if not any(map(_is_average, jax.tree.leaves(variables.state))):
+        return variables.state
+    answers = partial(_answers(network), variables.params)
 
     def filled(value: float) -> PyTree:
         return jax.tree.map(lambda s: jnp.full_like(s, value) if _is_average(s) else s, variables.state)
@@ -53,6 +53,12 @@ def reestimate(network: Network, variables: Variables, batches: Iterable[tuple[A
         return jnp.where(linear, summed / count / jnp.where(linear, 1 - m, 1), old).astype(old.dtype)
 
     return jax.tree.map(settled, variables.state, total, momentum)
+
+
+@lru_cache(maxsize=16)
+def _answers(network: Network) -> Callable[..., PyTree]:
+    """The state after a batch; compiled once for a network, whatever its weights."""
+    return jax.jit(lambda params, old, inputs, key: network.apply(params, old, inputs, train=True, key=key)[1])
 
 
 def _is_average(leaf: Any) -> bool:

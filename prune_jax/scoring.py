@@ -91,7 +91,8 @@ def score(
     Args:
         criterion: a name such as `magnitude`, `module:object`, or an entry of `prune_jax.criteria`.
         params: any pytree of arrays.
-        loss: `loss(params, batch) -> scalar`, a mean over the batch's examples; for criteria that need gradients.
+        loss: `loss(params, batch) -> scalar`, a mean over the batch's examples; for criteria that need gradients;
+            `pj.composed(loss, apply)` for `obd` with `curvature: gauss_newton`.
         batches: pytrees of arrays `[batch, ...]`; read once, by `grasp` twice.
         apply: `apply(params, *inputs) -> outputs`, for criteria that look at the network, as `synflow` does.
         inputs: a tuple of arrays `[batch, ...]` for it, or the only one; `synflow` looks at their shapes.

@@ -47,6 +47,12 @@ class Line:
         tier = None if self.tier is None else jnp.ravel(self.tier)[positions]
         return Line(jnp.ravel(self.values)[positions], tier, self.magnitude)
 
+    def sample(self) -> Line:
+        """One in `STRIDE` of the values laid end to end, picked where they lie: shards stay where they are."""
+        places = jnp.unravel_index(jnp.arange(0, self.values.size, STRIDE), self.values.shape)
+        tier = None if self.tier is None else self.tier.at[places].get(mode="promise_in_bounds")
+        return Line(self.values.at[places].get(mode="promise_in_bounds"), tier, self.magnitude)
+
     def page(self, start: jax.Array) -> Line:
         """The `PAGE` values from a position on."""
         tier = None if self.tier is None else lax.dynamic_slice_in_dim(jnp.ravel(self.tier), start, PAGE)
@@ -169,7 +175,7 @@ def _bracket(lines: Lines, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     size = sum(line.values.size for line in lines)
     if size < LARGE:
         return jnp.uint32(0), jnp.uint32(TOP)
-    sample = jnp.concatenate([_keys(line.part(slice(None, None, STRIDE))) for line in lines])
+    sample = jnp.concatenate([_keys(line.sample()) for line in lines])
     share = k.astype(jnp.float32) / size
     margin = 3 * jnp.sqrt(sample.size * share * (1 - share)) + 3
     ranks = share * sample.size + jnp.stack([-margin, margin])

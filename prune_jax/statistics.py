@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 from prune_jax.activations import capture
 from prune_jax.blocks import cut, grid
 from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.gauss_newton import check_composed, product
 from prune_jax.outer_products import Outer, evaluate
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path, select
 
@@ -36,7 +37,9 @@ class Statistics(NamedTuple):
     gradient_square: PyTree | None = None  # mean of g^2 over batches
     example_gradient_square: PyTree | None = None  # mean over examples of g_i^2, g_i the gradient of one example alone
     hessian_gradient: PyTree | None = None  # H g: the Hessian of the whole set times the gradient of the whole set
-    hessian_diagonal: PyTree | None = None  # mean over batches and random signs z of z * (H z), estimates diag(H)
+    hessian_diagonal: PyTree | None = (
+        None  # mean over batches and random signs z of z * (C z): estimates diag(C), see `CURVATURES`
+    )
     fisher_blocks: PyTree | None = None  # mean over examples of g_i g_i^T in the blocks of `blocks.cut`
     flow: PyTree | None = None  # dR/d|w| of the network alone, see `flow`
     input_products: PyTree | None = None  # of one layer at a time, see `layers.Layer`: mean over examples of x x^T
@@ -58,7 +61,8 @@ OF_NETWORK = frozenset({"flow"})  # fields that no batch is needed for, but the 
 OF_LAYERS = frozenset({"input_products"})  # fields that are gathered layer by layer
 OF_INPUTS = OF_LAYERS | {_OF_INPUT}  # fields that the loss is looked through for, and not differentiated
 DRAWN = frozenset({_PROBED})  # fields that take a key
-OPTIONS = frozenset({"probes", "block"})  # of a criterion, that `gather` takes
+OPTIONS = frozenset({"probes", "block", "curvature"})  # of a criterion, that `gather` takes
+CURVATURES = ("hessian", "gauss_newton")  # C: the Hessian H; or J^T H_L J, of a loss L by outputs of Jacobian J
 READ_TWICE = (
     "the Hessian times the gradient takes a second pass over the batches: give a list of them, or what else can be "
     "read twice, and no iterator."
@@ -78,6 +82,7 @@ def gather(
     key: jax.Array | None = None,
     probes: int = 10,
     block: int = 64,
+    curvature: str = "hessian",
 ) -> Statistics:
     """Gathers the fields of `Statistics` that are needed, in one pass; in two where `hessian_gradient` is.
 
@@ -97,13 +102,15 @@ def gather(
         probes: random signs z for each batch (Hutchinson): the variance of z * (H z) falls with probes times batches.
         block: the weights in a block of `fisher_blocks`, which hold (weights) x (block) numbers, and as many again
             while gradients are added.
+        curvature: what `hessian_diagonal` is the diagonal of, one of `CURVATURES`; for `gauss_newton`, the loss is one
+            that `objectives.composed` made.
 
     Returns:
         Trees like `params`, None for other leaves.
 
     Raises:
-        UserMistake: there is no batch, a field is unknown, the loss is not a scalar, or what is to be read twice is an
-            iterator.
+        UserMistake: there is no batch, a field is unknown, the loss is not a scalar or its parts are not known, or what
+            is to be read twice is an iterator.
 
     >>> batches = [jnp.ones(2), jnp.zeros(2)]
     >>> gather({"gradient"}, lambda p, x: jnp.mean(p["w"] * x), {"w": jnp.ones(())}, batches).gradient
@@ -119,13 +126,16 @@ def gather(
     paths = frozenset(prunable)
     if _PROBED in needs and key is None:
         raise UserMistake("hessian_diagonal is estimated with random signs: give key=, such as jax.random.key(0).")
+    if _PROBED in needs and curvature == "gauss_newton":
+        check_composed(loss)
     if _SECOND_PASS in needs:
         if iter(batches) is batches:
             raise UserMistake(READ_TWICE)
         others = (needs - {_SECOND_PASS}) | {"gradient"}
-        first = gather(others, loss, params, batches, prunable=paths, key=key, probes=probes, block=block)
-        product = _product_with(first.gradient, loss, params, batches, paths)
-        return first._replace(hessian_gradient=product, gradient=first.gradient if "gradient" in needs else None)
+        words: dict[str, Any] = {"probes": probes, "block": block, "curvature": curvature}
+        first = gather(others, loss, params, batches, prunable=paths, key=key, **words)
+        second = _product_with(first.gradient, loss, params, batches, paths)
+        return first._replace(hessian_gradient=second, gradient=first.gradient if "gradient" in needs else None)
     sums = {need: _zeros(params, paths) for need in needs - {_BLOCKS}}
     blocks = jax.tree.map(lambda w: _no_products(w.shape, block), select(params, paths)) if _BLOCKS in needs else None
     of_batch = {need: sums[need] for need in needs if need in _OF_BATCH}
@@ -134,7 +144,7 @@ def gather(
     for i, batch in enumerate(batches):
         count = _examples(batch)
         if probed is not None:
-            probed = _add_probes(probed, loss, params, batch, key, i, paths=paths, probes=probes)
+            probed = _add_probes(probed, loss, params, batch, key, i, paths=paths, probes=probes, curvature=curvature)
         if of_batch:
             of_batch = _add_batch(of_batch, loss, params, batch, paths=paths)
         if of_example is not None:
@@ -291,7 +301,7 @@ def _gradient_at(loss: Loss, params: PyTree, batch: PyTree) -> Callable[[PyTree]
     """The gradient as a function of the chosen leaves, the others None."""
 
     def of(chosen: PyTree) -> jax.Array:
-        value = loss(jax.tree.map(lambda c, w: w if c is None else c, chosen, params, is_leaf=_is_none), batch)
+        value = loss(_whole(chosen, params), batch)
         if jnp.shape(value) != ():
             raise UserMistake(
                 f"the loss answered an array {list(jnp.shape(value))} but must answer one number: take its mean."
@@ -301,16 +311,27 @@ def _gradient_at(loss: Loss, params: PyTree, batch: PyTree) -> Callable[[PyTree]
     return jax.grad(of)
 
 
-def _product(direction: PyTree, loss: Loss, params: PyTree, batch: PyTree, paths: frozenset[str]) -> PyTree:
-    """The Hessian by the leaves at `paths` times a direction, forward over reverse."""
+def _whole(chosen: PyTree, params: PyTree) -> PyTree:
+    """`params` with the chosen leaves in place of its own."""
+    return jax.tree.map(lambda c, w: w if c is None else c, chosen, params, is_leaf=lambda leaf: leaf is None)
+
+
+def _product(
+    direction: PyTree,
+    loss: Loss,
+    params: PyTree,
+    batch: PyTree,
+    paths: frozenset[str],
+    curvature: str = "hessian",
+) -> PyTree:
+    """A curvature by the leaves at `paths` times a direction; the Hessian's is forward over reverse."""
     chosen = select(params, paths)
     tangent = jax.tree.map(lambda v, w: v.astype(w.dtype), direction, chosen)
-    product = jax.jvp(_gradient_at(loss, params, batch), (chosen,), (tangent,))[1]
-    return jax.tree.map(lambda p: p.astype(jnp.float32), product)
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
+    if curvature == "hessian":
+        found = jax.jvp(_gradient_at(loss, params, batch), (chosen,), (tangent,))[1]
+    else:
+        found = product(tangent, loss, partial(_whole, params=params), chosen, batch)
+    return jax.tree.map(lambda p: p.astype(jnp.float32), found)
 
 
 @partial(jax.jit, static_argnames=("paths",), donate_argnums=0)
@@ -329,11 +350,11 @@ def _add_batch(
 def _add_product(
     sums: PyTree, direction: PyTree, loss: Loss, params: PyTree, batch: PyTree, *, paths: frozenset[str]
 ) -> PyTree:
-    product = _product(direction, loss, params, batch, paths)
-    return jax.tree.map(lambda s, p: s + _examples(batch) * p, sums, product)
+    found = _product(direction, loss, params, batch, paths)
+    return jax.tree.map(lambda s, p: s + _examples(batch) * p, sums, found)
 
 
-@partial(jax.jit, static_argnames=("paths", "probes"), donate_argnums=0)
+@partial(jax.jit, static_argnames=("paths", "probes", "curvature"), donate_argnums=0)
 def _add_probes(
     sums: PyTree,
     loss: Loss,
@@ -344,6 +365,7 @@ def _add_probes(
     *,
     paths: frozenset[str],
     probes: int,
+    curvature: str,
 ) -> PyTree:
     key = jax.random.fold_in(key, number)
     leaves, structure = jax.tree.flatten(sums)
@@ -352,8 +374,8 @@ def _add_probes(
         keys = jax.random.split(jax.random.fold_in(key, i), len(leaves))
         drawn = [jax.random.rademacher(k, s.shape, jnp.float32) for k, s in zip(keys, leaves, strict=True)]
         signs = jax.tree.unflatten(structure, drawn)
-        product = _product(signs, loss, params, batch, paths)
-        return jax.tree.map(lambda s, z, p: s + _examples(batch) / probes * z * p, sums, signs, product)
+        found = _product(signs, loss, params, batch, paths, curvature)
+        return jax.tree.map(lambda s, z, p: s + _examples(batch) / probes * z * p, sums, signs, found)
 
     return jax.lax.fori_loop(0, probes, add, sums)
 

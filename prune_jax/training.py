@@ -26,11 +26,13 @@ from prune_jax.models import Network, Variables
 from prune_jax.moments import moments_of, with_moments
 from prune_jax.objectives import inputs_of, objective, penalty
 from prune_jax.recipe import Optimizer, Sparsify
+from prune_jax.reestimation import reestimate
 from prune_jax.sparse_training import MaskedState, masked, settle
 from prune_jax.sparsification import sparsified
 from prune_jax.trees import PyTree
 
 BEAT_SECONDS = 0.25
+REESTIMATED = 100  # batches, at most, of which batch statistics are taken anew
 CHECKPOINT_SHARE = 20  # a checkpoint may cost one part in so many of the time
 
 
@@ -252,7 +254,8 @@ def fit(
         begin_step: with the learning rate of this step, in that many fewer steps: the end of a training repeated.
         masks: `True` = alive; pruned weights and their moments stay exactly zero.
         moments: of an earlier training by the same optimizer, zero where a weight is pruned; left out, fresh ones.
-        sparsify: makes masks while it trains; there are none before.
+        sparsify: makes masks while it trains; there are none before. Where it trains under noise, batch statistics are
+            taken anew in the end, of the weights without it over an epoch's batches, 100 at most.
         teacher: a network to learn from beside the labels.
         l1: weight of sum |w|.
         l2: weight of sum w^2 / 2.
@@ -316,8 +319,11 @@ def fit(
     clock.finish(state)
     params, last = jax.device_get((state.params, state.state))
     if sparsify is not None:
-        params = jax.device_get(settle(state.params, state.optimizer))
-        masks = jax.device_get(state.optimizer.masks)
+        settled = settle(state.params, state.optimizer)
+        params, masks = jax.device_get((settled, state.optimizer.masks))
+        if settled is not state.params:  # what the state has averaged is of weights under noise
+            seen = _inputs(split, min(per_epoch, REESTIMATED), per_epoch, batch_size, seed)
+            last = jax.device_get(reestimate(network, Variables(params, last), seen, seed=seed))
     inner = state.optimizer if masks is None else state.optimizer.inner
     return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start, moments_of(inner), masks)
 
@@ -382,6 +388,15 @@ def _batches(
             order = np.random.default_rng([seed, step // per_epoch]).permutation(examples).astype(np.int32)
             order = jax.device_put(order, everywhere)
         yield step + 1, data, order
+
+
+def _inputs(split: Split, count: int, per_epoch: int, batch_size: int, seed: int) -> Iterator[tuple[Any, ...]]:
+    """What the network was given in the first steps of the training."""
+    for step, batch, order in _batches(split, split, 0, count, per_epoch, batch_size, seed, None):
+        if order is not None:
+            rows = np.asarray(order)[(step - 1) * batch_size :][:batch_size]
+            batch = {name: np.take(array, rows, axis=0) for name, array in batch.items()}
+        yield inputs_of(batch)
 
 
 class _Beats:

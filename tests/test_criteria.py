@@ -10,6 +10,7 @@ from prune_jax.blocks import grid
 from prune_jax.criteria import CRITERIA, Criterion, criterion, find
 from prune_jax.errors import NonFiniteScoreError, UserMistake
 from prune_jax.notation import FAMILIES
+from prune_jax.objectives import composed
 from prune_jax.selection import shares
 from prune_jax.statistics import Statistics
 from tests.compiling import compilations
@@ -152,6 +153,22 @@ def test_obd_nears_half_the_curvature_times_the_square(params, batches):
     wanted = w**2 * np.diag(H) / 2
     np.testing.assert_allclose(scores, wanted, atol=0.05 * np.abs(wanted).max())
     assert np.corrcoef(joined(pj.score("obd", params, **words)), wanted)[0, 1] > 0.8
+
+
+def test_obd_with_gauss_newton_is_the_hessian_where_the_network_is_linear(params, batches):
+    """In `out/kernel` it is: half the squared error has H_L = 1 / n and the diagonal E[h^2]."""
+    halves = composed(lambda y, batch: jnp.sum(jnp.square(y - batch["y"]), axis=1) / 2, apply)
+    words = {"loss": halves, "batches": batches, "key": jax.random.key(0), "prunable": ["out/kernel"]}
+    options = {"curvature": "gauss_newton", "probes": 3000}
+    found = np.asarray(pj.score("obd", params, options=options, **words)["out"]["kernel"])
+    x = np.concatenate([b["x"] for b in batches])
+    h = np.tanh(x @ np.asarray(params["hidden"]["kernel"]) + np.asarray(params["hidden"]["bias"]))
+    wanted = np.square(params["out"]["kernel"]) * np.mean(np.square(h), axis=0)[:, None] / 2
+    np.testing.assert_allclose(found, wanted, atol=0.05 * wanted.max())
+    stats = Statistics(hessian_diagonal={"w": jnp.array([[-1.0, 4.0]])})  # of few signs
+    weights = {"w": jnp.ones((1, 2))}
+    np.testing.assert_array_equal(CRITERIA["obd"](weights, stats, curvature="gauss_newton")["w"], [[0, 2]])
+    np.testing.assert_array_equal(CRITERIA["obd"](weights, stats)["w"], [[-0.5, 2]])
 
 
 def test_obd_of_a_linear_layer_is_exact_with_one_probe_per_output():
@@ -306,7 +323,7 @@ def test_scores_of_neurons_sum_those_of_their_weights(name, params, batches):
 OPTIONS = {
     "magnitude": {"p": 1},
     "sensitivity": {"signed": False},
-    "obd": {"probes": 10},
+    "obd": {"probes": 10, "curvature": "hessian"},
     "woodfisher": {"block": 64, "dampening": 0.01},
     "sparsegpt": {"block": 128, "dampening": 0.01, "inputs": 4096},
 }
@@ -379,6 +396,11 @@ MISTAKES = [
     ),
     (("sensitivity",), {"options": {"signed": 1}}, "criterion 'sensitivity': signed = 1 must be true or false"),
     (("obd",), {"options": {"probes": 0}}, "criterion 'obd': probes = 0 must be a whole number from 1 on"),
+    (
+        ("obd",),
+        {"options": {"curvature": "gauss-newton"}},
+        "criterion 'obd': curvature = 'gauss-newton' is not possible; did you mean 'gauss_newton'? (allowed: hessian, ",
+    ),
     (
         ("synflow",),
         {},

@@ -1,5 +1,9 @@
 """Recipes that prune while they train: what is published, keys, checkpoints in mid-schedule, refusals."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import optax
@@ -18,7 +22,7 @@ from tests.plain import arrays, part, run_plain, tiny
 from tests.sparse_steps import batch_of, check_goes_on, mostly_slow, stepper, trajectory
 from tests.sparse_steps import network as net
 from tests.test_plan import keys, recipe
-from tests.test_training import _with_checkpoints, network, same, train
+from tests.test_training import _with_checkpoints, data, network, same, train
 
 TRAIN = {"kind": "train", "steps": 24, "optimizer": {"learning_rate": 0.01}}
 KINDS = {
@@ -145,6 +149,14 @@ def test_every_method_is_the_same_on_sharded_weights(kind):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_eight_devices_choose_what_one_does_and_gather_no_large_leaf():
+    """`gradual` with all weights in one pool, and `rigl`, on weights cut along both axes."""
+    script = [sys.executable, "-m", "tests.sharded_steps"]
+    done = subprocess.run(script, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
 # At the methods' defaults. Measured: 0.923 and 0.955; 0.868 and 0.952; 0.935 and 0.952.
 REACHED = {"soft_threshold": (0.90, 0.94), "l0": (0.85, 0.94), "variational_dropout": (0.92, 0.94)}
 
@@ -179,6 +191,18 @@ def test_seeds_draw_their_own_masks_and_compile_once():
     assert make_step.cache_info().currsize == built
     (a, *_), (b, *_) = (list(leaves_by_path(fitted.masks).values()) for fitted in (one, two))
     assert (a != b).any()
+
+
+def test_batch_statistics_are_those_of_the_weights_without_noise():
+    """Means over the first epoch's batches of what the settled weights make of them, by numpy."""
+    net, split = network(widths=[16], batch_norm=True), data()
+    fitted = train(net, split, steps=12, sparsify=SPARSIFY.validate_python(sparsify("l0")))
+    x = split["x"][np.random.default_rng([0, 0]).permutation(54)].reshape(6, 9, 4)
+    h = x @ leaves_by_path(fitted.variables.params)["hidden_0/kernel"]  # [batches, batch, units]
+    state = leaves_by_path(fitted.variables.state)
+    mean, var = (next(leaf for path, leaf in state.items() if path.endswith(end)) for end in ("mean", "var"))
+    np.testing.assert_allclose(mean, h.mean(axis=(0, 1)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(var, h.var(axis=1).mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_moments_of_dead_weights_are_zero(store):

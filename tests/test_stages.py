@@ -509,6 +509,24 @@ def test_scores_are_of_so_many_batches(shared, batches):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_obd_with_gauss_newton_is_that_of_softmax_regression_in_the_last_layer(shared):
+    """The logits are linear in its weights; their cross entropy bends by p (1 - p) along each."""
+    criterion = {"name": "obd", "options": {"curvature": "gauss_newton", "probes": 4000}}
+    score = {"kind": "score", "criterion": criterion, "exclude": ["hidden_0"]}
+    _, results = run_plain(tiny(train=TRAIN, score=score), shared)
+    from prune_jax.datasets import load
+
+    x = load("tests.samples.tiny:blobs", validation=0.2).train["x"].astype(np.float64)
+    params, _ = network(shared, results["train"])
+    h = np.maximum(x @ params["hidden_0/kernel"] + params["hidden_0/bias"], 0)
+    e = np.exp(h @ params["output/kernel"] + params["output/bias"])
+    p = e / e.sum(axis=1, keepdims=True)
+    expected = params["output/kernel"] ** 2 * ((h**2).T @ (p * (1 - p)) / len(x)) / 2
+    found = arrays(shared, results["score"])
+    np.testing.assert_allclose(found["scores/output/kernel"], expected, atol=0.03 * expected.max())
+    assert "scores/hidden_0/kernel" not in found
+
+
 def test_the_same_recipe_gives_the_same_bytes_in_another_store(tmp_path):
     prune = {**PRUNE, "criterion": "random", "finetune": {"steps": 2}}
     raw = tiny(model={"kind": "mlp", "widths": [5], "dropout": 0.5}, train=TRAIN, prune=prune)

@@ -1,6 +1,7 @@
 import gc
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from jax.tree_util import Partial
 
 import prune_jax.statistics as statistics
 from prune_jax.errors import UserMistake
+from prune_jax.gauss_newton import product
+from prune_jax.objectives import composed
 from prune_jax.outer_products import Outer
 from prune_jax.statistics import Statistics, flow, gather
 from tests.compiling import compilations
@@ -308,6 +311,41 @@ def test_one_probe_is_exact_where_the_hessian_is_diagonal():
         probes=1,
     )
     np.testing.assert_allclose(found.hessian_diagonal["w"], 4 * curvature, rtol=1e-6)
+
+
+def answers(params, x):
+    """A network that is curved itself, and of whose loss Hessian and Gauss-Newton part differ."""
+    return jnp.tanh(x @ params["kernel"] + params["bias"][None]) ** 2
+
+
+def cross_entropies(outputs, batch):
+    return -jnp.sum(jax.nn.softmax(batch["y"]) * jax.nn.log_softmax(outputs), axis=1)
+
+
+def test_the_gauss_newton_product_with_unit_vectors_gives_the_matrix(params):
+    """J^T H J with both matrices formed, one example at a time; it is not the Hessian."""
+    (batch,), parts = make_batches(4), composed(cross_entropies, answers)
+    chosen = {name: params[name] for name in ("bias", "kernel")}
+    flat, grow = jax.flatten_util.ravel_pytree(chosen)
+
+    def of_one(x, y):
+        J = jax.jacobian(lambda v: answers(grow(v), x[None])[0])(flat)
+        H = jax.hessian(lambda z: cross_entropies(z[None], {"y": y[None]})[0])(answers(chosen, x[None])[0])
+        return J.T @ H @ J
+
+    G = np.mean(jax.jit(jax.vmap(of_one))(batch["x"], batch["y"]), axis=0)
+    assert np.linalg.eigvalsh(G).min() > -1e-6
+    along = jax.vmap(lambda v: jax.flatten_util.ravel_pytree(product(grow(v), parts, lambda w: w, chosen, batch))[0])
+    units = jnp.eye(flat.size)
+    np.testing.assert_allclose(jax.jit(along)(units), G, rtol=1e-4, atol=1e-6)
+    H = jax.jit(jax.hessian(lambda v: parts(grow(v), batch)))(flat)
+    assert np.abs(H - G).max() > 0.1 * np.abs(G).max()
+
+
+def test_the_gauss_newton_part_takes_a_loss_in_two_parts(params):
+    words = {"curvature": "gauss_newton", "key": jax.random.key(0)}
+    with pytest.raises(UserMistake, match=r"but the loss is one function: give loss=pj\.composed\(loss, apply\), of"):
+        gather({"hessian_diagonal"}, loss, params, make_batches(4), **words)
 
 
 def test_flow_takes_tokens_as_they_are_and_sums_all_outputs():

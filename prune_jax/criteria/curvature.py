@@ -34,26 +34,36 @@ def fisher(params: PyTree, stats: Statistics) -> PyTree:
 
 @criterion(
     "obd",
-    formula="w^2 * diag(H) / 2, diag(H) = E[z * (H z)], z = ±1",
-    paper="LeCun et al. 1990, Optimal Brain Damage (NIPS 2); Hutchinson 1990",
+    formula="w^2 * diag(H) / 2, diag(H) = E[z * (H z)], z = ±1; H, or J^T H_L J in its place",
+    paper="LeCun et al. 1990, Optimal Brain Damage (NIPS 2); Hutchinson 1990; Schraudolph 2002, Neural Computation 14",
     needs=("hessian_diagonal",),
 )
-def obd(params: PyTree, stats: Statistics, *, probes: int = 10) -> PyTree:
+def obd(params: PyTree, stats: Statistics, *, probes: int = 10, curvature: str = "hessian") -> PyTree:
     """The rise of the loss when a weight is removed at a minimum: s = w^2 diag(H) / 2, H the Hessian of the loss.
 
     The diagonal is estimated with Hutchinson's random signs; LeCun et al. carry it backwards layer by layer, leaving
     out what crosses layers. A weight along which the loss bends down scores below zero, and dies first.
 
+    `curvature: gauss_newton` has J^T H_L J for H, J the Jacobian of the outputs by the weights and H_L the Hessian of
+    the loss by the outputs: what LeCun et al. come to when they leave out second derivatives of the network. Its
+    diagonal is never negative where the loss is convex in the outputs, as cross entropy and squared error are; an
+    estimate below zero counts as zero. For cross entropy of logits it is the Fisher matrix, labels drawn by the model.
+
     Args:
         params: weights, leaves of any shape.
         stats: `hessian_diagonal`, shaped like `params`.
         probes: random signs for each batch; each costs a Hessian product, about three gradients.
+        curvature: `hessian`, or `gauss_newton`, for which the loss is known in two parts: in recipes always, in Python
+            where it is `pj.composed(loss, apply)`.
 
     Returns:
-        Scores shaped like `params`, float32, in units of the loss.
+        Scores shaped like `params`, float32, in units of the loss; with `gauss_newton` >= 0.
     """
     del probes  # an option of what `stats` holds
-    return jax.tree.map(lambda w, h: 0.5 * h * jnp.square(w.astype(jnp.float32)), params, stats.hessian_diagonal)
+    diagonal = stats.hessian_diagonal
+    if curvature == "gauss_newton":
+        diagonal = jax.tree.map(lambda h: jnp.maximum(h, 0), diagonal)
+    return jax.tree.map(lambda w, h: 0.5 * h * jnp.square(w.astype(jnp.float32)), params, diagonal)
 
 
 @criterion(

@@ -14,7 +14,7 @@ from prune_jax.arguments import check_arguments
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.notation import FAMILIES
 from prune_jax.registry import Registry, load_object
-from prune_jax.statistics import DRAWN, OF_NETWORK, OPTIONS
+from prune_jax.statistics import CURVATURES, DRAWN, OF_NETWORK, OPTIONS
 from prune_jax.trees import PyTree
 
 CRITERIA: Registry[Criterion] = Registry("criterion", "prune_jax.criteria")
@@ -98,6 +98,12 @@ class Criterion:
                 raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be a whole number from 1 on")
             if name == "dampening" and (type(value) not in (int, float) or not 0 < value < float("inf")):
                 raise UserMistake(f"criterion {self.name!r}: {name} = {value!r} must be a number above 0")
+            if name == "curvature" and value not in CURVATURES:
+                near = did_you_mean(str(value), CURVATURES)
+                raise UserMistake(
+                    f"criterion {self.name!r}: curvature = {value!r} is not possible{near} "
+                    f"(allowed: {', '.join(CURVATURES)})"
+                )
             if name == "p" and value not in NORMS:
                 raise UserMistake(f"criterion {self.name!r}: p = {value!r} is not possible (allowed: 1, 2, inf)")
             if name == "bins" and value not in range(2, 65):
