@@ -134,7 +134,7 @@ def visit(
     held: list[_Start] | None = None
     sums: dict[str, _Sums] = {}
     last: _Sums = ()
-    number, count = 0, 1
+    number, count = 0, min(len(paths), 1)
     while number < count:
         if held is None and number and iter(batches) is batches:
             raise UserMistake(READ_TWICE)

@@ -271,6 +271,10 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
                     raise UserMistake(
                         "its state has no `masks` and `inner`, such as prune_jax.sparse_training.SparseState"
                     )
+                if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+                    raise UserMistake(
+                        "its state holds a PRNG key, which no checkpoint can hold; keep `jax.random.key_data(key)`"
+                    )
                 jax.eval_shape(wrapper.update, params, state, params)
         if stage.kind not in {"score", "mask", "prune"}:
             continue

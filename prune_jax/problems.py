@@ -18,7 +18,7 @@ import numpy as np
 from prune_jax.criteria import find as find_criterion
 from prune_jax.datasets import Dataset, GrainSplit, Split, load
 from prune_jax.errors import UserMistake
-from prune_jax.recipe import Data, Finetune, Problem, Prune, Recipe, Score, Train
+from prune_jax.recipe import Data, Problem, Prune, Recipe, Score
 from prune_jax.recipe.sparsify import Gradual
 from prune_jax.sparse_training import find as find_method
 
@@ -115,7 +115,7 @@ def code_of(recipe: Recipe) -> dict[str, str]:
     """
     stages = recipe.stages.values()
     criteria = [stage.criterion.name for stage in stages if isinstance(stage, Score | Prune)]
-    methods = [stage.sparsify for stage in stages if isinstance(stage, Train | Finetune) and stage.sparsify]
+    methods = [method for stage in stages if (method := getattr(stage, "sparsify", None))]
     criteria += [method.criterion for method in methods if isinstance(method, Gradual)]
     kinds = [method.kind for method in methods]
     references = [recipe.data.source, recipe.model.kind, recipe.objective, *criteria, *kinds]

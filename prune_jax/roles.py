@@ -31,9 +31,9 @@ def lineage(record: Mapping[str, Any], name: str) -> list[str]:
 def role_of(record: Mapping[str, Any], name: str) -> str:
     """What a network is beside the others, by the stages that it went through.
 
-    `dense`; `masked` or `compact`, at random where units were drawn by lot, and fine-tuned, distilled, or trained from
-    scratch under its masks; `fresh`, a compact network trained from its initialisation, which tells what its widths
-    alone are worth; `dense, trained longer`, or distilled.
+    `dense` or `trained sparse`; `masked` or `compact`, at random where units were drawn by lot, and fine-tuned,
+    distilled, or trained from scratch under its masks; `fresh`, a compact network trained from its initialisation,
+    which tells what its widths alone are worth; `dense, trained longer`, or distilled.
     """
     stages = record.get("stages", {})
     told = record.get("results", {}).get(name, {}).get("kind", "")
@@ -44,6 +44,8 @@ def role_of(record: Mapping[str, Any], name: str) -> str:
     if cut is None and masked is None:
         if "train" not in kinds.values():
             return ""
+        if any(trained_sparse(record, n) for n in line):
+            return "trained sparse"
         return TAUGHT if "distill" in kinds.values() else LONGER if "finetune" in kinds.values() else "dense"
     tuned = [n for n in line[: masked if cut is None else cut] if kinds[n] in TUNED]
     if cut is not None and tuned and _replaced(_setting(record, tuned[0], "rewind")):
@@ -52,6 +54,11 @@ def role_of(record: Mapping[str, Any], name: str) -> str:
     words += ["at random"] if any(_setting(record, n, "criterion") == "random" for n in line) else []
     again = tuned and _setting(record, tuned[0], "rewind") == "initialisation"
     return ", ".join([*words, *(["from scratch"] if again else [TUNED[kinds[n]] for n in tuned[:1]])])
+
+
+def trained_sparse(record: Mapping[str, Any], name: str) -> bool:
+    """Whether a stage pruned while it trained."""
+    return _setting(record, name, "sparsify") not in (None, "None")
 
 
 def is_control(role: str) -> bool:

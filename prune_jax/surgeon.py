@@ -214,10 +214,12 @@ def _inverse(h: jax.Array) -> jax.Array:
 
 @jax.jit
 def _of_small(h: jax.Array) -> jax.Array:
-    factor = jnp.linalg.cholesky(h)
-    return lax.linalg.triangular_solve(
-        factor, jnp.broadcast_to(jnp.eye(h.shape[-1]), h.shape), left_side=True, lower=True
-    )
+    """One matrix after the other: batches of factorisations can wait for one another for ever, see `solvers`."""
+
+    def one(h: jax.Array) -> jax.Array:
+        return lax.linalg.triangular_solve(jnp.linalg.cholesky(h), jnp.eye(len(h)), left_side=True, lower=True)
+
+    return lax.map(one, h)
 
 
 @jax.jit

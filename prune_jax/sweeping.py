@@ -128,7 +128,11 @@ def sweep(
         if granularity.fixed:
             found, w = _fixed(entry, layer, before, granularity, options)
         else:
-            words = {"prune": dying[layer.path], "by_output": scope == "output", "alive": before}
+            prune = dying[layer.path]
+            if scope == "output":  # what each has to lose; of some, more may be dead already
+                lost = jnp.sum(~layer.matrix(chosen[layer.path]), axis=1)  # [groups, out]
+                prune = int(jnp.min(lost)) * lost.size
+            words = {"prune": prune, "by_output": scope == "output", "alive": before}
             found, w = entry.sweep(layer.w, layer.products, **words, **options)  # type: ignore[misc]
         chosen[layer.path] = layer.leaf(found)
         return w

@@ -87,7 +87,7 @@ def test_a_difference_of_pairs_is_clear_where_seeds_differ_more_than_methods():
     (panel,) = comparison.panels_of(_run(models=("mlp",), values=values)[0])
     assert panel.difference("magnitude", 0.8, "random").clear
     assert not panel.difference("snip", 0.8, "random").clear
-    cells = {row.label: row.cells[0] for row in comparison.rows_of(panel, "random")}
+    cells = {row.label: row.cells[0] for row in comparison.rows_of(panel, "accuracy", "random")}
     assert cells["magnitude"] == ("0.7355 ± 0.1707", "+0.0105 ± 0.0006", True)
     assert cells["random"] == ("0.7250 ± 0.1708", "", False)
 
@@ -139,3 +139,67 @@ def test_the_report_and_the_command(store, tmp_path):
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store")
+
+
+def test_runs_of_different_networks_are_compared_each_with_its_own_dense_one():
+    small, large = (_run(name, models=("mlp",))[0] for name in ("small", "large"))
+    for run, shift, model in ((small, -0.2, {"kind": "mlp"}), (large, 0.0, {"kind": "cnn"})):
+        run["recipe"]["model"] = model
+        for r in run["results"].values():
+            r["accuracy"] += shift
+            r["key"] = f"{model}"
+    merged = comparison.panels_of(comparison.merged([small, large]))
+    assert [(p.title, list(p.curves)) for p in merged] == [
+        (n, [f"{n}, {c}" for c in CRITERIA]) for n in ("small", "large")
+    ]
+    for run, panel in zip((small, large), merged, strict=True):
+        (alone,) = comparison.panels_of(run)
+        assert panel.dense.mean == alone.dense.mean
+        assert panel.difference(f"{run['name']}, snip", 0.8, "dense") == alone.difference("snip", 0.8, "dense")
+
+
+def _single(name, seed, value, *, dense=0.97, metric="accuracy", **train):
+    """A run of one seed: dense, and pruned to a half."""
+    stages = {"train": stage("train", "t", "train"), "prune": stage("prune", "p", "prune", after=["train"])}
+    results = {"train": _result(dense, "train", {}), "prune": _result(value, "prune", {}, left=0.5)}
+    for n, r in results.items():
+        r["key"] = f"{n} {seed}"
+        r[metric] = r.pop("accuracy")
+    recipe = {"name": name, "seed": seed, "stages": {"train": {"kind": "train", **train}, "prune": {"kind": "prune"}}}
+    return record(name, stages, results, recipe=recipe)
+
+
+def test_runs_without_a_matrix_are_paired_by_the_seeds_of_their_recipes():
+    runs = [_single("a", 0, 0.9, dense=0.97), _single("b", 1, 0.8, dense=0.95), _single("c", 1, 0.7, dense=0.95)]
+    (panel,) = comparison.panels_of(comparison.merged(runs))
+    assert {seed: n.value for seed, n in panel.dense.networks.items()} == {"0": 0.97, "1": 0.95}
+    assert panel.difference("b", None, "a") is None  # other seeds
+    assert panel.difference("b", None, "c").mean == pytest.approx(0.1)
+    assert panel.difference("a", None, "dense").mean == pytest.approx(-0.07)
+
+
+def test_errors_show_their_digits_and_which_way_is_up():
+    run = _single("a", 0, 3.21e-5, dense=1.25e-5, metric="mse")
+    (panel,) = comparison.panels_of(run, least=1)
+    ((_, (cell,)),) = comparison.rows_of(panel, "mse", "dense")
+    assert cell == ("3.210e-05", "+0.0000196", False)
+    assert "mse (lower is better)" in str(comparison.comparison_rich(panel, "mse", "dense").title)
+    with pytest.raises(UserMistake, match=r"different things \(a mse, b accuracy\)"):
+        comparison.merged([run, _single("b", 0, 0.9)])
+
+
+def test_what_was_trained_sparse_is_a_method_and_another_training_another_network():
+    run = _single("a", 0, 0.9)
+    run["recipe"]["stages"]["rigl"] = {"kind": "train", "sparsify": {"kind": "rigl"}}
+    run["stages"]["rigl"] = stage("train", "r", "rigl")
+    run["results"]["rigl"] = _result(0.93, "train", {}, left=0.5)
+    (panel,) = comparison.panels_of(run)
+    assert list(panel.curves) == ["prune", "rigl"]
+    assert panel.dense.mean == 0.97
+    assert panel.difference("rigl", None, "dense").mean == pytest.approx(-0.04)
+    run["recipe"]["stages"]["rigl"] = {"kind": "train", "l1": 0.1}
+    titles = [(p.title, list(p.curves), p.dense.mean) for p in comparison.panels_of(run, least=1)]
+    assert titles == [("train", ["prune"], 0.97)]
+    again = _single("b", 0, 0.8, dense=0.9, l1=0.1)
+    again["results"]["train"]["key"] = "another"
+    assert [p.dense.mean for p in comparison.panels_of(comparison.merged([run, again]), least=1)] == [0.97, 0.9]

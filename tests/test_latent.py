@@ -107,6 +107,12 @@ def test_ste_may_follow_a_schedule():
     assert [sum(living(state).values()) for _, state in found] == [64 - round(level * 64) for level in levels]
 
 
+def test_ste_is_dense_before_its_schedule_begins():
+    found = run(pj.ste(OPTIMIZERS["momentum"], sparsity=pj.cubic(0.25, 0.5, begin=2, end=3)), 5)
+    levels = [0.0, 0.0, 0.25, 0.5, 0.5]
+    assert [sum(living(state).values()) for _, state in found] == [64 - round(level * 64) for level in levels]
+
+
 @pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "momentum"))
 def test_surgery_prunes_below_one_threshold_and_splices_above_another(name):
     sizes = {path: abs(np.asarray(leaf)) for path, leaf in leaves_by_path(network()).items()}

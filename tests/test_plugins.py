@@ -6,7 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -15,7 +19,7 @@ from prune_jax.preparation import check_networks, prepare
 from prune_jax.recipe import read_recipe
 from prune_jax.registry import Registry
 from prune_jax.sparse_training import METHODS, Method, find, rigl
-from tests.plain import TRAIN, tiny
+from tests.plain import TRAIN, arrays, part, run_plain, tiny
 
 CODE = '''
 import jax, jax.numpy as jnp
@@ -122,6 +126,31 @@ def stateless(inner):
     return optax.with_extra_args_support(inner)
 
 
+class Own(NamedTuple):
+    """A state of one's own."""
+
+    masks: Any
+    inner: Any
+    key: Any
+
+
+def checkered(inner, *, key, typed: bool = False):
+    """Every other weight is dead; the state is one's own."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        masks = jax.tree.map(lambda w: jnp.arange(w.size).reshape(w.shape) % 2 == 0, params)
+        return Own(masks, inner.init(params), key if typed else jax.random.key_data(key))
+
+    def update(updates, state, params=None, **extra):
+        steps, moved = inner.update(updates, state.inner, params, **extra)
+        return jax.tree.map(lambda m, u, w: jnp.where(m, u, -w), state.masks, steps, params), state._replace(
+            inner=moved
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 OWN = "tests.test_plugins:halfway"
 
 
@@ -159,6 +188,25 @@ def test_a_state_without_masks_is_refused():
     stages = {"train": {**TRAIN, "sparsify": {"kind": "tests.test_plugins:stateless"}}}
     with pytest.raises(UserMistake, match=r"sparsify.kind = 'tests.test_plugins:stateless': its state has no `masks`"):
         check_networks(prepare(read_recipe(tiny(**stages))))
+
+
+def test_a_state_of_ones_own_is_trained_to_the_end(store):
+    stages = {"train": {**TRAIN, "sparsify": {"kind": "tests.test_plugins:checkered"}}}
+    _, results = run_plain(tiny(**stages), store)
+    assert results["train"].metrics["sparsity"] == pytest.approx(0.5, abs=0.02)
+    found = arrays(store, results["train"])
+    for path, mask in part(found, "masks").items():
+        np.testing.assert_array_equal(found[f"params/{path}"][~mask], 0)
+    stages["train"]["sparsify"]["typed"] = True
+    with pytest.raises(UserMistake, match=r"its state holds a PRNG key, .* keep `jax.random.key_data\(key\)`"):
+        run_plain(tiny(**stages), store)
+
+
+@pytest.mark.parametrize("kind", ["finetune", "distill"])
+def test_keys_hold_the_code_of_methods_of_later_stages_too(kind):
+    later = {"kind": kind, "steps": 4, "sparsify": {"kind": OWN, "sparsity": 0.5}}
+    plan = prepare(read_recipe(tiny(train=TRAIN, later=later)))
+    assert OWN in plan.calls[0].problem.code
 
 
 def test_a_plug_in_that_cannot_be_loaded_is_named_with_its_package(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from prune_jax.errors import UserMistake
-from prune_jax.surgeon import _factor, costs, solve
+from prune_jax.surgeon import _factor, _of_small, costs, solve
 from tests.compiling import compilations
 
 
@@ -184,3 +184,11 @@ def test_mistakes(words, message):
         solve(jnp.ones((8, 2)), jnp.eye(8), **words)
     with pytest.raises(UserMistake, match=r"w is \[8, 2\] and xx \[2, 2\]"):
         solve(jnp.ones((8, 2)), jnp.eye(2), prune=8)
+
+
+def test_no_batch_of_matrices_is_factored():
+    """On CPU such batches can wait for one another for ever."""
+    told = _of_small.lower(jnp.ones((3, 4, 4))).as_text()
+    factored = [line for line in told.splitlines() if "potrf" in line or "trsm" in line or "stablehlo.cholesky" in line]
+    assert factored
+    assert not [line for line in factored if "3x4x4" in line]

@@ -172,3 +172,17 @@ def test_axes_that_cannot_be_followed_are_refused():
     words = {"loss": loss, "batches": BATCHES, "prunable": ["conv"]}
     with pytest.raises(UserMistake, match=r"axis -1 of 'conv' \[2, 3, 2, 6\] cuts across the products with it"):
         pj.sparsegpt(PARAMS, granularity={"n_m": "1:2", "axis": -1}, **words)
+
+
+def test_where_nothing_is_to_die_nothing_changes():
+    moved = visit(lambda layer: 0 * layer.w, loss, PARAMS, BATCHES, [])
+    jax.tree.map(np.testing.assert_array_equal, moved, PARAMS)
+
+
+def test_outputs_lose_their_share_whatever_others_have_lost():
+    earlier = np.ones((10, 6), bool)
+    earlier[:9, :2] = False
+    words = {"loss": lambda p, x: jnp.mean(x @ p["a"]), "batches": [make(40, 10)], "scope": "output"}
+    _, masks = pj.sparsegpt({"a": make(10, 6)}, sparsity=0.5, alive={"a": earlier}, **words)
+    np.testing.assert_array_equal((~masks["a"]).sum(axis=0), [9, 9, 5, 5, 5, 5])
+    assert not (masks["a"] & ~earlier).any()

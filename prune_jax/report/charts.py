@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prune_jax.report.comparison import DENSE as DENSE_LABEL
-from prune_jax.report.comparison import Panel
+from prune_jax.report.comparison import Panel, directed
 from prune_jax.report.facts import Histogram, LossPanel, Series
 from prune_jax.roles import LONGER
 
@@ -225,7 +225,7 @@ def _compare(
         one.set_xticks(ticks, [f"×{t}" for t in ticks])
         one.minorticks_off()
         one.set_xlabel(across)
-    axes[0].set_ylabel(metric)
+    axes[0].set_ylabel(directed(metric))
 
 
 def _accuracy_axis(axes: Axes, values: Sequence[float]) -> None:

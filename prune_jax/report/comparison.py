@@ -17,13 +17,13 @@ from rich.text import Text
 from scipy.special import stdtrit
 
 from prune_jax.errors import UserMistake, did_you_mean
-from prune_jax.report.facts import base_name, word, words_of
-from prune_jax.report.tables import Record, dense_of, percent, primary_metric, signed
+from prune_jax.report.facts import base_name, word
+from prune_jax.report.tables import HIGHER_IS_BETTER, Record, dense_of, percent, primary_metric, shown, signed
 from prune_jax.roles import LONGER, is_control, lineage, role_of
 
 RANDOM = "random"
 DENSE = "dense"
-OF_NETWORK = ("model", "data", "objective")  # axes of what is pruned, not how
+OF_NETWORK = ("model", "data", "objective")  # what the dense network is of, beside its training
 CONFIDENCE = 0.95
 
 
@@ -118,15 +118,35 @@ class Panel(NamedTuple):
 
 
 def merged(records: Sequence[Record]) -> dict[str, Any]:
-    """Several runs as one record: names of stages begin with the run's; one run stays as it is."""
+    """Several runs as one record: names of stages begin with the run's; one run stays as it is.
+
+    Runs that pruned different networks have their axis `network`.
+
+    Raises:
+        UserMistake: the runs measure different things.
+    """
     if len(records) == 1:
         return dict(records[0])
+    metrics = {primary_metric(record): record["name"] for record in records if record.get("results")}
+    if len(metrics) > 1:
+        told = ", ".join(f"{name} {metric}" for metric, name in metrics.items())
+        raise UserMistake(f"the runs measure different things ({told}): compare those of one metric")
+    homes: list[list[Record]] = []
+    for record in records:
+        home = next((home for home in homes if _same_network(home[0], record)), None)
+        if home is None:
+            homes.append(home := [])
+        home.append(record)
+    networks = {r["name"]: " · ".join(other["name"] for other in home) for home in homes for r in home}
     whole: dict[str, Any] = {"name": " · ".join(r["name"] for r in records), "recipe": {"stages": {}, "matrix": {}}}
     whole |= {"stages": {}, "results": {}}
     for record in records:
         start = f"{record['name']}: "
-        row = {"run": record["name"]}
+        row = {"run": record["name"]} | ({"network": networks[record["name"]]} if len(homes) > 1 else {})
         recipe = record.get("recipe", {})
+        told = [stage.get("row") or {} for stage in record["stages"].values()]
+        if not any(axis.rpartition(".")[2] == "seed" for axes in told for axis in axes):
+            row["seed"] = str(recipe.get("seed", 0))
         whole["recipe"]["matrix"] |= recipe.get("matrix") or {}
         whole["recipe"]["stages"] |= {start + n: s for n, s in recipe.get("stages", {}).items()}
         for name, stage in record["stages"].items():
@@ -137,6 +157,21 @@ def merged(records: Sequence[Record]) -> dict[str, Any]:
     return whole
 
 
+def _same_network(a: Record, b: Record) -> bool:
+    """Whether two runs trained one dense network, or would have by other seeds."""
+    mine, its = ({r.get("key") for r in record["results"].values() if r.get("kind") == "train"} for record in (a, b))
+    return bool(mine & its) or _trained(a) == _trained(b)
+
+
+def _trained(record: Record) -> dict[str, Any]:
+    """What a run says of the networks that it trains, but for their seeds."""
+    recipe = record.get("recipe") or {}
+    stages = [stage for stage in recipe.get("stages", {}).values() if stage.get("kind") == "train"]
+    trainings = [{k: v for k, v in stage.items() if k != "seed"} for stage in stages]
+    axes = {axis: v for axis, v in (recipe.get("matrix") or {}).items() if axis.startswith(OF_NETWORK)}
+    return {word: recipe.get(word) for word in OF_NETWORK} | {"axes": axes, "trainings": trainings}
+
+
 class Row(NamedTuple):
     """A method's cells, one for each level: the metric, how it differs from the reference, whether that is clear."""
 
@@ -144,34 +179,48 @@ class Row(NamedTuple):
     cells: tuple[tuple[str, str, bool], ...]
 
 
-def rows_of(panel: Panel, reference: str) -> list[Row]:
+def spread(place: Place, metric: str) -> str:
+    """The metric of a place: mean ± standard deviation, of one seed the value."""
+    told = (place.mean, place.deviation) if len(place.networks) > 1 else (place.mean,)
+    return " ± ".join(shown((metric,), value) for value in told)
+
+
+def gap_text(gap: Difference, metric: str) -> str:
+    """A difference ± its standard error, with as many digits as the metric's values have."""
+    digits = 4
+    if metric != "accuracy" and (size := max(abs(gap.mean), gap.error or 0.0)):
+        digits = max(0, 2 - math.floor(math.log10(size)))
+    return signed(gap.mean, digits) + ("" if gap.error is None else f" ± {gap.error:.{digits}f}")
+
+
+def rows_of(panel: Panel, metric: str, reference: str) -> list[Row]:
     """The table of a panel: mean ± standard deviation; mean difference ± its standard error."""
     rows = []
     for label in panel.curves:
         cells = []
         for level in panel.levels:
             place, gap = panel.at(label, level), panel.difference(label, level, reference)
-            text = (
-                ""
-                if place is None
-                else f"{place.mean:.4f}" + (f" ± {place.deviation:.4f}" if len(place.networks) > 1 else "")
-            )
-            told = "" if gap is None else signed(gap.mean) + ("" if gap.error is None else f" ± {gap.error:.4f}")
+            text, told = "" if place is None else spread(place, metric), "" if gap is None else gap_text(gap, metric)
             cells.append((text, told, gap is not None and gap.clear))
         rows.append(Row(label, tuple(cells)))
     return rows
 
 
+def directed(metric: str) -> str:
+    """A metric's name, and which way is up where that is not plain."""
+    return metric if metric in HIGHER_IS_BETTER else f"{metric} (lower is better)"
+
+
 def comparison_rich(panel: Panel, metric: str, reference: str) -> Table:
     """The table in the terminal."""
-    title = ", ".join(filter(None, (panel.title, metric)))
+    title = ", ".join(filter(None, (panel.title, directed(metric))))
     for place, label in ((panel.dense, DENSE), (panel.longer, LONGER)):
-        title += f"\n{label} {place.mean:.4f} ± {place.deviation:.4f}" if place else ""
+        title += f"\n{label} {spread(place, metric)}" if place else ""
     table = Table(title=Text(title), title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("sparsity")
     for level in panel.levels:
         table.add_column("" if level is None else percent(level), justify="right")
-    for row in rows_of(panel, reference):
+    for row in rows_of(panel, metric, reference):
         cells = [
             Text.assemble(text, (f"\n{told}{'*' if clear else ' '}" if told else "", "bold" if clear else "dim"))
             for text, told, clear in row.cells
@@ -188,26 +237,38 @@ def comparison_rich(panel: Panel, metric: str, reference: str) -> Table:
 def panels_of(record: Record, *, least: int = 2) -> list[Panel]:
     """The comparisons that a run holds, one for each network that was pruned by at least so many methods.
 
-    Axes of a matrix are read as what they are: `seed` repeats, `sparsity` makes levels, axes of the model or the data
-    make panels, all others name methods. Networks that others were made of stand for these others alone.
+    Axes of a matrix are read as what they are: `seed` repeats, `sparsity` makes levels, those of the dense network (of
+    the model, the data, its training) make panels, all others name methods. Networks that others were made of stand for
+    these others alone.
     """
     results = record.get("results", {})
     used = {n for name in results for n in lineage(record, name)[1:]}
-    ends = {name: _axes(record, name) for name in results if name not in used or dense_of(record, name) == name}
+    trainings = {_stage(name) for name in results if _dense(record, name) == name}
+    ends = {
+        name: _axes(record, name, several=len(trainings) > 1)
+        for name in results
+        if name not in used or _dense(record, name) == name
+    }
     stages_by_words: dict[str, set[str]] = {}
+    longer: dict[tuple[str, Any], set[str]] = {}
     for name, axes in ends.items():
-        stages_by_words.setdefault(axes.words, set()).add(base_name(name))
+        if _dense(record, name) != name:
+            stages_by_words.setdefault(axes.words, set()).add(_stage(name))
+        if role_of(record, name) == LONGER:
+            longer.setdefault((axes.panel, axes.seed), set()).add(results[name]["key"])
     found: dict[str, dict[str, dict[Any, dict[Any, Network]]]] = {}
     controls: set[str] = set()
     for name, axes in ends.items():
-        network, label, level = _network(record, name), axes.words, axes.level
+        network, label, level, role = _network(record, name), axes.words, axes.level, role_of(record, name)
         if network is None:
             continue
-        if dense_of(record, name) == name or role_of(record, name) == LONGER:
-            label, level = DENSE if dense_of(record, name) == name else LONGER, None
+        if _dense(record, name) == name:
+            label, level = DENSE, None
+        elif role == LONGER and len(longer[axes.panel, axes.seed]) == 1:
+            label, level = LONGER, None
         elif not label or len(stages_by_words[label]) > 1:
-            label = ", ".join(filter(None, (base_name(name), label)))
-        if is_control(role_of(record, name)) or "from scratch" in role_of(record, name):
+            label = ", ".join(filter(None, (_stage(name), label)))
+        if is_control(role) or "from scratch" in role:
             controls.add(label)
         found.setdefault(axes.panel, {}).setdefault(label, {}).setdefault(level, {})[axes.seed] = network
     panels = []
@@ -233,19 +294,40 @@ class _Axes(NamedTuple):
     seed: Any
 
 
-def _axes(record: Record, name: str) -> _Axes:
-    row = record["results"][name].get("row") or {}
+def _axes(record: Record, name: str, *, several: bool) -> _Axes:
+    """Of a network in a run of one training stage, or of several."""
+    row, dense = record["results"][name].get("row") or {}, _dense(record, name)
     matrix: Mapping[str, Any] = (record.get("recipe") or {}).get("matrix") or {}
-    network = [axis for axis in row if any(f".{m}".endswith(f".{axis}") and m.startswith(OF_NETWORK) for m in matrix)]
-    told = words_of({axis: v for axis, v in row.items() if axis not in network})
-    seed, level = told.pop("seed", None), told.pop("sparsity", None)
-    words = ", ".join(map(word, told.values()))
-    return _Axes(", ".join(word(row[axis]) for axis in network), words, None if level is None else float(level), seed)
+    own = record["results"][dense].get("row") or {} if dense else {}
+    title, words, levels, seeds = [_stage(dense)] if dense and several else [], [], [], []
+    for axis, value in row.items():
+        end = axis.rpartition(".")[2]
+        if end in ("seed", "sparsity"):
+            (seeds if end == "seed" else levels).append(value)
+        elif axis == "run" or axis not in own:
+            words.append(word(value))
+        else:
+            plain = axis == "network" or any(f".{m}".endswith(f".{axis}") and m.startswith(OF_NETWORK) for m in matrix)
+            title.append(word(value) if plain else f"{axis}={word(value)}")
+    level = float(levels[-1]) if levels else None
+    return _Axes(", ".join(title), ", ".join(words), level, seeds[0] if len(seeds) == 1 else tuple(seeds) or None)
+
+
+def _stage(name: str) -> str:
+    """The stage of a network without its run."""
+    return base_name(name).rpartition(": ")[2]
+
+
+def _dense(record: Record, name: str) -> str | None:
+    """The dense network of a network, if it was evaluated: not that of another place in the matrix."""
+    dense, results = dense_of(record, name), record["results"]
+    own = results.get(dense, {}).get("row") or {}
+    return dense if all((results[name].get("row") or {}).get(axis) == value for axis, value in own.items()) else None
 
 
 def _network(record: Record, name: str) -> Network | None:
     """What is compared of a network; None where it, or the dense network, was not evaluated so far."""
-    metric, result, dense = primary_metric(record), record["results"][name], dense_of(record, name)
+    metric, result, dense = primary_metric(record), record["results"][name], _dense(record, name)
     start = record["results"].get(dense, {})
     if metric not in result or metric not in start or not {"nonzero", "effective_macs"} <= result.keys():
         return None

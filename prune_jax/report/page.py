@@ -247,12 +247,16 @@ def _comparisons(record: Record) -> list[dict[str, Any]]:
     return [
         {
             "panel": panel,
-            "metric": metric,
+            "metric": comparison.directed(metric),
             "wide": charts.comparison_chart(panel, metric, width=960, height=360, down=False),
             "narrow": charts.comparison_chart(panel, metric, width=340, height=520, down=True),
             "legend": charts.legend_of(panel),
-            "dense": [(n, p) for n, p in ((comparison.DENSE, panel.dense), (LONGER, panel.longer)) if p],
-            "rows": comparison.rows_of(panel, panel.reference),
+            "dense": [
+                (n, comparison.spread(p, metric))
+                for n, p in ((comparison.DENSE, panel.dense), (LONGER, panel.longer))
+                if p
+            ],
+            "rows": comparison.rows_of(panel, metric, panel.reference),
         }
         for panel in comparison.panels_of(record)
     ]

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from prune_jax.roles import descends, role_of
+from prune_jax.roles import descends, role_of, trained_sparse
 
 Record = Mapping[str, Any]
 
@@ -79,17 +79,23 @@ def primary_metric(record: Record) -> str:
 
 
 def dense_of(record: Record, network: str) -> str | None:
-    """The evaluated training from which a network descends; itself for a training."""
+    """The evaluated dense training from which a network descends; itself for such a training.
+
+    Of what was sparse from the first step on, the one beside it in the matrix; where there is none, any training.
+    """
     stages, results = record.get("stages", {}), record.get("results", {})
     seen, ahead = set(), [network]
     while ahead:
         name = ahead.pop(0)
-        if name in results and results[name].get("kind") == "train":
+        if name in results and results[name].get("kind") == "train" and not trained_sparse(record, name):
             return name
         if name not in seen:
             seen.add(name)
             ahead += descends(stages, name)
-    return next((n for n, r in results.items() if r.get("kind") == "train"), None)
+    trained = [n for n, r in results.items() if r.get("kind") == "train"]
+    row = results.get(network, {}).get("row") or {}
+    beside = [n for n in trained if all(row.get(axis) == v for axis, v in (results[n].get("row") or {}).items())]
+    return next((n for n in [*beside, *trained] if not trained_sparse(record, n)), next(iter(trained), None))
 
 
 def short(name: str) -> str:

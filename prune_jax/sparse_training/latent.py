@@ -54,6 +54,8 @@ def ste(
         A transformation whose state is a `SparseState`; it stands outermost in a chain.
     """
     levels = sparsity if isinstance(sparsity, Levels) else Levels((0,), (sparsity,))
+    if levels.steps[0] > 0:  # dense before
+        levels = Levels((0, *levels.steps), (0.0, *levels.sparsities))
 
     def largest(params: PyTree, masks: PyTree, step: jax.Array) -> PyTree:
         pools = table(masks, levels, scope, min_keep).pools(step)

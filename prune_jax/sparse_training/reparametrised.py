@@ -20,7 +20,6 @@ from prune_jax.errors import UserMistake
 from prune_jax.masks import apply_masks
 from prune_jax.sparse_training.changing import SparseState, dense_masks, key_data, needed, of_masked, step_key
 from prune_jax.sparse_training.entry import method
-from prune_jax.sparse_training.masked import MaskedState
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3  # of the hard concrete distribution: its ends, and its temperature
@@ -198,12 +197,12 @@ def variational_dropout(
     return _reparametrised(inner, form, own, key=key, ramp=ramp, prunable=prunable, exclude=exclude)
 
 
-def settle(params: PyTree, state: SparseState | MaskedState) -> PyTree:
+def settle(params: PyTree, state: Any) -> PyTree:
     """The weights that a training method means: without the noise of training, exactly zero where its masks are False.
 
     Args:
         params: weights, as training left them.
-        state: of the method, outermost in a chain.
+        state: of the method, outermost in a chain: a `SparseState`, or what else has `masks`.
 
     Returns:
         For `l0`, w times the gate at rest; for `variational_dropout`, the means; for all others, `params`.
@@ -214,10 +213,10 @@ def settle(params: PyTree, state: SparseState | MaskedState) -> PyTree:
     >>> settle(optax.apply_updates(params, updates), state)["w"], state.masks["w"]
     (Array([[1., 0.]], dtype=float32), Array([[ True, False]], dtype=bool))
     """
-    if not isinstance(state, SparseState | MaskedState):
+    if not hasattr(state, "masks"):
         raise UserMistake("settle needs the state of a training method; in a chain it is the last one's: state[-1]")
-    memory = getattr(state, "memory", None) or {}
-    if memory.keys().isdisjoint(("log_alpha", "log_variance")):
+    memory = state.memory if isinstance(state, SparseState) else None
+    if not isinstance(memory, dict) or memory.keys().isdisjoint(("log_alpha", "log_variance")):
         return params
     settled = apply_masks(memory["latent"], state.masks)
     if "log_alpha" in memory:
