@@ -30,6 +30,10 @@ class DamagedArtifactError(PruneError):
     """A stored file is missing or is not the one that was written."""
 
 
+class StoreError(PruneError):
+    """The store cannot be read or written: its disk is full, read-only, forbidden or gone."""
+
+
 class GuardBreachError(PruneError):
     """A guard whose breach means failure was breached."""
 

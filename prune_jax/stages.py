@@ -51,6 +51,7 @@ from prune_jax.progress import Progress, Report, silent
 from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Sparsify, StageCall, StageResult, Status, Teaching
 from prune_jax.schedules import iterative
 from prune_jax.scoring import compensate, mask, prunable_paths, score
+from prune_jax.space import check_space
 from prune_jax.trees import PyTree, leaves_by_path
 
 SPARSIFY: TypeAdapter[Sparsify | None] = TypeAdapter(Sparsify | None)
@@ -70,6 +71,7 @@ def run_stage(call: StageCall, store: Store, *, report: Report = silent) -> Stag
         meta = store.meta(call.ref)
         status: Status = "cached"
         if meta is None:
+            check_space(call, store)
             arrays, metrics, *files = STAGES[call.kind](call, store, report)
             seconds = round(time.perf_counter() - began, 3)
             facts = {"call": call.model_dump(mode="json", exclude={"facts"}), "facts": call.facts}
