@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         surgery,
         variational_dropout,
     )
+    from prune_jax.verification import verify
 
 _HOME = {
     "Cost": "prune_jax.costs",
@@ -64,6 +65,7 @@ _HOME = {
     "surgery": "prune_jax.sparse_training",
     "trace": "prune_jax.compaction",
     "variational_dropout": "prune_jax.sparse_training",
+    "verify": "prune_jax.verification",
 }
 
 __all__ = [
@@ -94,6 +96,7 @@ __all__ = [
     "surgery",
     "trace",
     "variational_dropout",
+    "verify",
 ]
 
 

@@ -289,7 +289,9 @@ class Store:
         folder = self.root / ref.kind
         with told(f"{ref.kind}/{ref.key} cannot be begun", str(self.root)):
             self.make(folder)
-            file = locked(Path(folder) / f".{ref.key}.lock")
+            path = Path(folder) / f".{ref.key}.lock"
+            file = locked(path)
+            os.utime(path)  # tells when it was held last
         assert file is not None
         with file:
             yield

@@ -38,7 +38,7 @@ def locked(path: Path, *, wait: bool = True) -> IO[str] | None:
     """The file, locked until it is closed; None where another holds it and we do not wait."""
     import fcntl
 
-    file = open(path, "w")
+    file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException as error:
