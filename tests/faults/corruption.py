@@ -70,9 +70,7 @@ def same_results(store: Store, ref: Ref, before: Path) -> bool:
     old = Store(before)
     (arrays, meta), (others, its) = store.read(ref), old.read(ref)
     same_bytes(leaves_by_path(arrays), leaves_by_path(others))
-    beside = {
-        name: digest for name, digest in meta["files"].items() if "/" not in name
-    }  # Orbax names its own at random
+    beside = {name: digest for name, digest in meta["files"].items() if "/" not in name}  # Orbax draws its names
     return meta["metrics"] == its["metrics"] and beside.items() <= its["files"].items()
 
 
