@@ -98,7 +98,7 @@ def disturb(folder: Path, name: str, seed: int, undisturbed: Store) -> str:
     plan = prepare(read_recipe(SMALL))
     stages = (
         ["train"] if inject is almost_fill else ["train", "evaluate"]
-    )  # the other's artifact is smaller than a page
+    )  # the other takes no page
     chosen = random.Random(seed).choice(stages)
     undo: list[Callable[[], None]] = []
     store.make()
