@@ -22,6 +22,10 @@ class NonFiniteScoreError(PruneError):
     """A criterion answered NaN or infinity."""
 
 
+class NonFiniteResultError(PruneError):
+    """A stage came to NaN or infinity."""
+
+
 class LayerCollapseError(PruneError):
     """Pruning would leave a layer without one living weight."""
 

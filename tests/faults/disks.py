@@ -96,9 +96,7 @@ def disturb(folder: Path, name: str, seed: int, undisturbed: Store) -> str:
     inject, text = FAULTS[name]
     store = Store(folder / "store")
     plan = prepare(read_recipe(SMALL))
-    stages = (
-        ["train"] if inject is almost_fill else ["train", "evaluate"]
-    )  # the other takes no page
+    stages = ["train"] if inject is almost_fill else ["train", "evaluate"]  # the other takes no page
     chosen = random.Random(seed).choice(stages)
     undo: list[Callable[[], None]] = []
     store.make()
