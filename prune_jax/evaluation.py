@@ -129,7 +129,8 @@ def _why_not_finite(name: str, bad: int, size: int, first: int, variables: Varia
         if broken
         else "All weights are finite: look for NaN, huge values or labels out of range in the data."
     )
-    return f"The loss is not finite on {bad} of {size} examples of the {name} split, the first is example {first}. {reason}"
+    where = f"{bad} of {size} examples of the {name} split, the first is example {first}"
+    return f"The loss is not finite on {where}. {reason}"
 
 
 def describe(network: Network, variables: Variables, masks: PyTree | None, inputs: Sequence[Any]) -> dict[str, Any]:

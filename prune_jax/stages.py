@@ -97,8 +97,8 @@ def _check_numbers(call: StageCall, arrays: Arrays, metrics: Metrics) -> None:
         if jnp.issubdtype(array.dtype, jnp.floating) and not (finite := np.isfinite(array)).all():
             place = [int(i) for i in np.argwhere(~finite)[0]]
             raise NonFiniteResultError(
-                f"{call.name} made {array[tuple(place)]} in {path} {list(array.shape)}, first at {place}; it is not kept. "
-                "Look at the data and the weights that it began from, or choose larger types than float16."
+                f"{call.name} made {array[tuple(place)]} in {path} {list(array.shape)}, first at {place}; "
+                "it is not kept. Look at the data and the weights that it began from, or choose wider types."
             )
     for path, value in leaves_by_path(metrics).items():
         if isinstance(value, float) and not np.isfinite(value):

@@ -82,13 +82,10 @@ def grain_splits(
         raise UserMistake(f"{where}: answers Grain datasets. {EXTRA}") from error
     _check(found, grain.MapDataset, where)
     check_split(len(found["train"]), validation, fold, where)
-    splits = {
-        name: found[name].map_with_index(
-            partial(_checked, f"{where}: record", name, len(found[name]), found.get("classes"))
-        )
-        for name in _NAMES
-        if found.get(name) is not None
-    }
+    splits = {}
+    for name in (name for name in _NAMES if found.get(name) is not None):
+        check = partial(_checked, f"{where}: record", name, len(found[name]), found.get("classes"))
+        splits[name] = found[name].map_with_index(check)
     train = splits["train"]
     if fold is not None:
         mixed = train.shuffle(seed=0)
@@ -183,9 +180,8 @@ def _checked(where: str, split: str, size: int, classes: int | None, index: int,
         if bad.any():
             place = tuple(int(i) for i in np.argwhere(bad)[0])
             shown = f"{part}[{', '.join(map(str, place))}]" if place else part
-            raise UserMistake(
-                f"{where} {index % size} of {split!r}: {shown} = {value[place]}, {why}. Leave the record out, or mend it"
-            )
+            told = f"{where} {index % size} of {split!r}: {shown} = {value[place]}, {why}"
+            raise UserMistake(f"{told}. Leave the record out, or mend it")
     return _record(record)
 
 
