@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +73,8 @@ def prune(recipe: Recipe, store: str = "artifacts", name: str | None = None, sid
         run.end(call, result)
         done(result)
 
-    record = run.finish(walk(plan, artifacts, submit, side_by_side=side_by_side or _side_by_side()))
+    with artifacts.at_work(call.ref for call in plan.calls):
+        record = run.finish(walk(plan, artifacts, submit, side_by_side=side_by_side or _side_by_side()))
     try:
         _show(record)
     except HTTPError as error:  # the work is done and recorded; a server that is away does not undo it
@@ -97,13 +97,18 @@ def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None 
         UserMistake: the recipe is wrong.
         PruneError: the run ended without a record.
     """
-    begun = time.time()
+    before = _written(store, name)
     state = prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True)
-    record = Store(store).record_path(name)
-    if not record.exists() or record.stat().mtime < begun - 1:
+    if _written(store, name) in (None, before):
         state.result()  # raises what kept the run from ending
         raise PruneError(f"Prefect ended the run as {state.name}: {state.message}")
     return Store(store).record(name)
+
+
+def _written(store: str, name: str) -> str | None:
+    """The text of a run's record: that it changed tells that it was written, whatever the clock says."""
+    path = Store(store).record_path(name)
+    return path.read_text() if path.exists() else None
 
 
 def _side_by_side() -> int:

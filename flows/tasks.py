@@ -73,7 +73,7 @@ def delays(retries: int) -> list[int]:
 def stage(call: StageCall, store: str) -> StageResult:
     """Carries out one stage; returns at once when its artifact is already in the store."""
     _tag_run(*tags_of(call))
-    result = run_stage(call, Store(store), report=_to_all(listeners.get().progress, _progress_artifact()))
+    result = run_stage(call, Store(store, there=True), report=_to_all(listeners.get().progress, _progress_artifact()))
     get_run_logger().info("%s %s in %.1f s: %s/%s", call.name, result.status, result.seconds, result.kind, result.key)
     return result
 

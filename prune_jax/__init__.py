@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         variational_dropout,
     )
     from prune_jax.sweeping import sparsegpt
+    from prune_jax.verification import verify
 
 _HOME = {
     "Cost": "prune_jax.costs",
@@ -68,6 +69,7 @@ _HOME = {
     "surgery": "prune_jax.sparse_training",
     "trace": "prune_jax.compaction",
     "variational_dropout": "prune_jax.sparse_training",
+    "verify": "prune_jax.verification",
 }
 
 __all__ = [
@@ -100,6 +102,7 @@ __all__ = [
     "surgery",
     "trace",
     "variational_dropout",
+    "verify",
 ]
 
 

@@ -7,14 +7,15 @@ room that knows Orbax.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
+import functools
 import json
 import os
 import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,19 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from prune_jax.errors import DamagedArtifactError, UserMistake, did_you_mean
+from prune_jax.disks import GOES_ON, told
+from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake, did_you_mean
+from prune_jax.files import files_below, locked, replace, sha256, sync, sync_all
 from prune_jax.recipe import Ref, digest
 from prune_jax.trees import leaves_by_path, nest
 
 ARRAYS = "arrays"
 META = "meta.json"
+FORMAT, FORMAT_FILE = 1, "format.json"  # a store without the file is of version 1
+AT_WORK, GATE = ".at-work", ".gate.lock"  # files of `runs/`: what the runs at work need; who holds the gate may remove
 # Orbax numbers its operations for the whole process: saves side by side would take each other's temporary folders.
 ORBAX = threading.Lock()
+KEPT_STEPS = 2
 PACKAGES = ("prune-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "prefect", "numpy")
 
 
@@ -43,18 +49,73 @@ def versions() -> dict[str, str]:
 
 
 class Store:
-    """Artifacts and run records below a folder or any URL that `etils.epath` can write."""
+    """Artifacts and run records below a folder or any URL that `etils.epath` can write.
 
-    def __init__(self, root: str | os.PathLike[str]):
+    Args:
+        root: the folder or URL; made with the first artifact.
+        there: it must be there already: a store that went away in the middle of a run is not begun anew.
+
+    Raises:
+        UserMistake: it is a file, or of a newer format than this software reads.
+        StoreError: it should be there and is not.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, there: bool = False):
         path = epath.Path(root)
         self.root = path if "://" in str(root) else path.resolve()  # Orbax takes absolute paths only
         if self.local and self.root.exists() and not self.root.is_dir():
             raise UserMistake(f"{self.root} is a file; a store is a folder. Give another one with --store.")
+        self.there = there or (self.local and self.format is not None)
+        if there:
+            self.expect()
 
     @property
     def local(self) -> bool:
         """Whether the store lies on a file system of this machine."""
         return "://" not in str(self.root)
+
+    @functools.cached_property
+    def format(self) -> int | None:
+        """The version of the store's format; None where nothing says it.
+
+        Raises:
+            UserMistake: it is newer than what this software reads.
+        """
+        file = self.root / FORMAT_FILE
+        with told(f"{file} cannot be read", str(self.root)):
+            try:
+                version = json.loads(file.read_text())["format"]
+                newer = version > FORMAT
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except (ValueError, TypeError, KeyError):
+                raise DamagedArtifactError(
+                    f"{file} is not the file that was written. Delete it if this is a store of this version of "
+                    f"prune-jax, {FORMAT}: the next run writes it again."
+                ) from None
+        if newer:
+            raise UserMistake(
+                f"{self.root} is a store of format {version}, but this prune-jax reads formats up to {FORMAT}. "
+                "Install a newer one (`pip install -U prune-jax`), or name another folder with --store."
+            )
+        return version
+
+    def expect(self) -> None:
+        """Raises `StoreError` if the store, which was there, is not."""
+        if self.there and not (self.root / FORMAT_FILE).exists():
+            raise StoreError(
+                f"the store {self.root} is gone: {FORMAT_FILE}, which was there when the run began, is not. "
+                f"Bring it back (mount its disk, move the folder back); {GOES_ON}"
+            )
+
+    def make(self, folder: epath.Path | None = None) -> None:
+        """Makes a folder of the store, and the store if it was not there before."""
+        self.expect()
+        if not self.there and self.format is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            replace(self.root / FORMAT_FILE, json.dumps({"format": FORMAT}))
+        self.there = True
+        (folder or self.root).mkdir(parents=True, exist_ok=True)
 
     def path(self, ref: Ref) -> epath.Path:
         """The folder of an artifact."""
@@ -66,28 +127,51 @@ class Store:
 
     def meta(self, ref: Ref) -> dict[str, Any] | None:
         """What is known of a finished artifact; `None` if there is none, nothing if it is damaged."""
-        try:
-            meta = json.loads((self.path(ref) / META).read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except ValueError:  # neither text nor JSON
-            return {}
-        return meta if isinstance(meta, dict) and meta.get("digest") == _digest_of(meta) else {}
+        file = self.path(ref) / META
+        with told(f"{file} cannot be read", str(self.root)):
+            try:
+                text = file.read_text()
+                meta = json.loads(text)
+                sound = meta["digest"] == _digest_of(meta) and text == _text(meta)
+            except (FileNotFoundError, NotADirectoryError):
+                # It is in the artifact when that appears; but folders of a remote store do not appear at once.
+                return {} if self.local and self.path(ref).exists() else None
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError, IsADirectoryError):
+                return {}
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                return {}
+        return meta if sound else {}
 
     def damage(self, ref: Ref) -> str | None:
-        """Says what is wrong with a finished artifact: a file that is missing or whose digest differs."""
+        """Says what is wrong with a finished artifact: the first file that is missing or whose digest differs."""
+        return next(self.damages(ref), None)
+
+    def damages(self, ref: Ref) -> Iterator[str]:
+        """Says of each file of a finished artifact what is wrong with it."""
         meta = self.meta(ref)
         if meta is None:
-            return None
+            return
         if not meta:
-            return f"{self.path(ref) / META} is not the file that was written"
+            file = self.path(ref) / META
+            yield f"{file} is {'not the file that was written' if file.exists() else 'missing'}"
+            return
         for name, expected in meta["files"].items():
             file = self.path(ref) / name
-            if not file.exists():
-                return f"{file} is missing"
-            if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
-                return f"{file} is not the file that was written (its sha256 differs from {META})"
-        return None
+            wrong = ""
+            with told(f"{file} cannot be read", str(self.root)):
+                try:
+                    if sha256(file) != expected:
+                        wrong = f"is not the file that was written (its sha256 differs from {META})"
+                except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    wrong = "is missing"
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    wrong = "cannot be read from the disk"
+            if wrong:
+                yield f"{file} {wrong}"
 
     def intact(self, ref: Ref) -> bool:
         """Whether the artifact is finished and every file of it is the one that was written."""
@@ -103,6 +187,7 @@ class Store:
 
         meta, damage = self.meta(ref), self.damage(ref)
         if meta is None or damage:
+            self.expect()
             raise DamagedArtifactError(
                 f"{ref.kind}/{ref.key}: {damage or 'not in the store'}. Run the recipe again: it will be made anew."
             )
@@ -125,12 +210,21 @@ class Store:
             meta: facts that JSON can hold; digests, versions and the shapes of the arrays are added.
             files: other files by name.
         """
+        needed = sum(np.asarray(a).nbytes for a in _flatten(arrays).values()) + sum(map(len, (files or {}).values()))
+        with told(f"{ref.kind}/{ref.key} cannot be written", str(self.root), needed):
+            full = self._publish(ref, arrays, meta, files or {})
+            self.clear_work(ref)
+            return full
+
+    def _publish(
+        self, ref: Ref, arrays: Mapping[str, Any], meta: Mapping[str, Any], files: Mapping[str, bytes]
+    ) -> dict[str, Any]:
         final = self.path(ref)
-        final.parent.mkdir(parents=True, exist_ok=True)
+        self.make(final.parent)
         aside = final.parent / f".{ref.key}.{uuid.uuid4().hex[:8]}.tmp"
-        aside.mkdir()
         try:
-            for name, data in (files or {}).items():
+            aside.mkdir()
+            for name, data in files.items():
                 (aside / name).write_bytes(data)
             full = self._fill(aside, ref, arrays, meta)
             if self.meta(ref) is not None:
@@ -138,10 +232,11 @@ class Store:
                     return self.meta(ref) or full
                 self.set_aside(ref)
             aside.rename(final)
+            if self.local:
+                sync(Path(final.parent))
         finally:
             if aside.exists():
                 aside.rmtree()
-        self.clear_work(ref)
         return full
 
     def _fill(self, aside: epath.Path, ref: Ref, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,20 +256,19 @@ class Store:
             "arrays": {p: [list(a.shape), a.dtype.name] for p, a in flat.items()},
             "versions": versions(),
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "files": {
-                str(f.relative_to(aside)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(_files(aside))
-            },
+            "files": {str(f.relative_to(aside)): sha256(f) for f in sorted(files_below(aside))},
         }
         full["digest"] = _digest_of(full)
-        (aside / META).write_text(json.dumps(full, indent=1, allow_nan=False))
+        (aside / META).write_text(_text(full))
         if self.local:
-            _sync(Path(aside))
+            sync_all(Path(aside))
         return full
 
     def set_aside(self, ref: Ref) -> epath.Path:
         """Moves a damaged artifact out of the way; nothing is deleted."""
         moved = self.path(ref).parent / f"{ref.key}.damaged-{uuid.uuid4().hex[:8]}"
-        self.path(ref).rename(moved)
+        with told(f"{ref.kind}/{ref.key}, which is damaged, cannot be moved aside", str(self.root)):
+            self.path(ref).rename(moved)
         return moved
 
     def clear_work(self, ref: Ref) -> None:
@@ -192,17 +286,49 @@ class Store:
         if not self.local:
             yield
             return
-        import fcntl
+        folder = self.root / ref.kind
+        with told(f"{ref.kind}/{ref.key} cannot be begun", str(self.root)):
+            self.make(folder)
+            path = Path(folder) / f".{ref.key}.lock"
+            file = locked(path)
+            os.utime(path)  # tells when it was held last
+        assert file is not None
+        with file:
+            yield
 
-        folder = Path(self.root) / ref.kind
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f".{ref.key}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    @contextlib.contextmanager
+    def at_work(self, refs: Iterable[Ref]) -> Iterator[None]:
+        """Says that a run is at work which needs these artifacts, and those that it locks: none of them is removed."""
+        with told("the run cannot be begun", str(self.root)):
+            self.make(self.root / "runs")
+            if not self.local:
+                file = None
+            else:
+                with self.gate():
+                    path = Path(self.root) / "runs" / f".{uuid.uuid4().hex[:8]}{AT_WORK}"
+                    file = locked(path)
+                    path.write_text(json.dumps([f"{ref.kind}/{ref.key}" for ref in refs]))
+        try:
+            yield
+        finally:
+            if file is not None:
+                with contextlib.suppress(OSError):  # a disk that is away: the lock goes with the process
+                    path.unlink()
+                file.close()
+
+    @contextlib.contextmanager
+    def gate(self) -> Iterator[None]:
+        """While it is held no run begins, and nobody else removes anything."""
+        file = locked(Path(self.root) / "runs" / GATE)
+        assert file is not None
+        with file:
             yield
 
     def steps(self, ref: Ref) -> Steps:
         """The step checkpoints of a stage at work."""
-        return Steps(self.work(ref))
+        with told(f"{ref.kind}/{ref.key} cannot be begun", str(self.root)):
+            self.make(self.work(ref).parent)
+            return Steps(self.work(ref), self)
 
     # Run records
 
@@ -231,29 +357,38 @@ class Store:
         if not folder.exists():
             return []
         records = [p / "run.json" for p in folder.iterdir() if (p / "run.json").exists()]
-        return [r.parent.name for r in sorted(records, key=lambda r: (r.stat().mtime, r.parent.name))]
+        return [r.parent.name for r in sorted(records, key=age)]
 
     def write_record(self, record: Mapping[str, Any]) -> epath.Path:
         """Writes a run's record by one rename; the record of an earlier run of that name moves to `history/`."""
         path = self.record_path(record["name"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            history = path.parent / "history"
-            history.mkdir(parents=True, exist_ok=True)
-            path.copy(history / f"{len(list(history.iterdir())) + 1}.json")
-        aside = path.parent / f".run.{uuid.uuid4().hex[:8]}.tmp"
-        aside.write_text(json.dumps(record, indent=1, allow_nan=False))
-        aside.replace(path)
+        with told(f"the record of run {record['name']!r} cannot be written", str(self.root)):
+            self.make(path.parent)
+            others = [age(self.record_path(name)) for name in self.runs()]
+            if path.exists():
+                history = path.parent / "history"
+                history.mkdir(parents=True, exist_ok=True)
+                last = max((int(p.stem) for p in history.iterdir() if p.stem.isdigit()), default=0)
+                superseded = history / f"{last + 1}.json"
+                replace(superseded, path.read_text(), path.stat().mtime)
+            replace(path, _text(record))
+            if self.local and others and age(path) <= max(others):  # the clock was set back: the last is the latest
+                os.utime(path, (max(others)[0] + 0.01,) * 2)
         return path
+
+
+def age(record: epath.Path) -> tuple[float, str]:
+    """What orders records: when it was written, then by name."""
+    return record.stat().mtime, record.parent.name
 
 
 class Steps:
     """Step checkpoints of one stage at work, kept by Orbax's manager; a killed stage goes on from the last."""
 
-    def __init__(self, folder: epath.Path, *, keep: int = 2):
+    def __init__(self, folder: epath.Path, store: Store, *, keep: int = KEPT_STEPS):
         import orbax.checkpoint as ocp
 
-        self._ocp = ocp
+        self._ocp, self._folder, self._store = ocp, folder, store
         self._manager = ocp.CheckpointManager(
             folder.resolve() if "://" not in str(folder) else folder,
             options=ocp.CheckpointManagerOptions(
@@ -269,21 +404,54 @@ class Steps:
 
     def latest(self, like: Any) -> tuple[int, Any] | None:
         """The last complete step and its tree, shaped like `like` (arrays or shapes); `None` if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        with ORBAX:
-            return step, self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if self._sound(step):
+                with ORBAX:
+                    return step, self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
+            self._manager.delete(step)
+        return None
+
+    def _sound(self, step: int) -> bool:
+        """Whether a step's files are those that were saved; of a step without a digest, as older ones are, no doubt."""
+        digests = self._digests(step)
+        try:
+            return not digests.exists() or json.loads(digests.read_text()) == self._files_of(step)
+        except ValueError:
+            return False
+
+    def _digests(self, step: int) -> epath.Path:
+        return self._folder / f"{step}.{META}"
+
+    def _files_of(self, step: int) -> dict[str, str]:
+        folder = self._folder / str(step)
+        return {str(file.relative_to(folder)): sha256(file) for file in sorted(files_below(folder))}
 
     def save(self, step: int, tree: Any) -> None:
         """Saves a step; one that is already there stays."""
-        with ORBAX:
-            if step not in self._manager.all_steps():
+        doing = f"step {step} of {self._folder.parent.name}/{self._folder.stem} cannot be saved"
+        needed = sum(getattr(leaf, "nbytes", 8) for leaf in leaves_by_path({"": tree}).values())
+        with ORBAX, told(doing, str(self._store.root), needed):
+            self._store.expect()
+            if step in self._manager.all_steps():
+                return
+            try:
                 self._manager.save(step, args=self._ocp.args.StandardSave(tree))
+            except Exception:
+                for half in self._folder.glob(f"{step}.*tmp*"):  # no room is to be taken by what nobody can read
+                    half.rmtree()
+                raise
+            replace(self._digests(step), json.dumps(self._files_of(step)))
+            for old in self._folder.glob(f"*.{META}"):
+                if int(old.name.partition(".")[0]) not in self._manager.all_steps():
+                    old.unlink()
 
 
 def _digest_of(meta: Mapping[str, Any]) -> str:
     return digest({name: value for name, value in meta.items() if name != "digest"})
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, allow_nan=False)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -294,21 +462,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif branch is not None:
             flat[f"{prefix}{name}"] = branch
     return flat
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _files(entry)
-        else:
-            yield entry
-
-
-def _sync(folder: Path) -> None:
-    """Has the kernel write the folder to disk, so that the rename never comes before the content."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

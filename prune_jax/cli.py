@@ -254,6 +254,62 @@ def predict(
     sys.stdout.write(f"{output}: outputs {list(found.shape)}\n")
 
 
+@app.command(epilog="Examples:\n\n  prune-jax verify\n\n  prune-jax verify lenet-300-100 --json")
+def verify(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="Only this run's artifacts; left out, all.", show_default=False),
+    ] = None,
+    store: StoreOption = "artifacts",
+    as_json: JsonOption = False,
+) -> None:
+    """Hashes every file of the store anew; exit code 1 if one is not what was written."""
+    from rich.console import Console
+
+    from prune_jax.checkpoints import Store
+    from prune_jax.console import Board
+    from prune_jax.verification import verification_json, verification_lines, verification_table
+    from prune_jax.verification import verify as check
+
+    artifacts, console = Store(store), Console()
+    with Board(Console(stderr=True)) as board:
+        found = check(artifacts, name, report=board.hear)
+    if as_json:
+        sys.stdout.write(json.dumps(verification_json(artifacts, found), indent=1) + "\n")
+    else:
+        console.print(verification_table(found))
+        for line in verification_lines(found):
+            console.print(line, highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if found.intact else 1)
+
+
+@app.command("gc", epilog="Examples:\n\n  prune-jax gc --dry-run\n\n  prune-jax gc --keep 20")
+def gc_(
+    keep: Annotated[
+        int | None, typer.Option(help="So many records of runs stay, the latest; left out, all.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tells what would go.")] = False,
+    store: StoreOption = "artifacts",
+    as_json: JsonOption = False,
+) -> None:
+    """Removes what no kept run needs: artifacts, leftovers of killed processes, damaged files that were set aside."""
+    from rich.console import Console
+
+    from prune_jax.checkpoints import Store
+    from prune_jax.disks import readable
+    from prune_jax.garbage import removals_json, removals_table, remove
+
+    artifacts, console = Store(store), Console()
+    removals = remove(artifacts, keep=keep, dry_run=dry_run)
+    if as_json:
+        sys.stdout.write(json.dumps(removals_json(artifacts, removals), indent=1) + "\n")
+        return
+    if removals:
+        console.print(removals_table(removals))
+    freed = readable(sum(removal.bytes for removal in removals))
+    console.print(f"{freed} {'would be freed; nothing was removed' if dry_run else 'freed'}", highlight=False)
+
+
 @app.command(epilog="Example:\n\n  prune-jax report lenet-300-100")
 def report(name: RunArgument, store: StoreOption = "artifacts") -> None:
     """Writes a run's report, one self-contained HTML file, and prints its path."""

@@ -22,12 +22,20 @@ class NonFiniteScoreError(PruneError):
     """A criterion answered NaN or infinity."""
 
 
+class NonFiniteResultError(PruneError):
+    """A stage came to NaN or infinity."""
+
+
 class LayerCollapseError(PruneError):
     """Pruning would leave a layer without one living weight."""
 
 
 class DamagedArtifactError(PruneError):
     """A stored file is missing or is not the one that was written."""
+
+
+class StoreError(PruneError):
+    """The store cannot be read or written: its disk is full, read-only, forbidden or gone."""
 
 
 class GuardBreachError(PruneError):

@@ -45,14 +45,26 @@ def evaluator(network: Network, objective: Objective, *, batch_size: int) -> Eva
         values["bad"] = ~jnp.isfinite(losses)
         return {name: totals[name] + jnp.sum(jnp.where(real, value, 0)) for name, value in values.items()}
 
+    def nothing() -> dict:
+        return {metric: jnp.float32(0) for metric in ("loss", *objective.metrics)} | {"bad": jnp.int32(0)}
+
+    def first_bad(variables: Variables, split: Any, batch_size: int) -> int:
+        """The first example without a finite loss, found by the compiled step."""
+        for i, (batch, real) in enumerate(_batches(split, batch_size)):
+            if step(nothing(), variables, batch, real)["bad"]:
+                alone = np.eye(batch_size, dtype=bool)
+                bad = [bool(step(nothing(), variables, batch, one & real)["bad"]) for one in alone]
+                return i * batch_size + bad.index(True)
+        raise AssertionError("unreachable: the loss of some example was not finite")
+
     def run(variables: Variables, split: Any, *, name: str = "test") -> dict[str, float]:
-        size = _size(split)
-        totals: dict = {metric: jnp.float32(0) for metric in ("loss", *objective.metrics)} | {"bad": jnp.int32(0)}
+        size, totals = _size(split), nothing()
         for batch, real in _batches(split, min(batch_size, size)):
             totals = step(totals, variables, batch, real)
         totals = jax.device_get(totals)  # the only wait
         if totals["bad"]:
-            raise DivergedError(_why_not_finite(name, int(totals["bad"]), size, variables))
+            first = first_bad(variables, split, min(batch_size, size))
+            raise DivergedError(_why_not_finite(name, int(totals["bad"]), size, first, variables))
         return {metric: float(totals[metric]) / size for metric in ("loss", *objective.metrics)}
 
     return run
@@ -108,7 +120,7 @@ def _batches(split: Any, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray
             yield {name: np.stack([record[name] for record in chosen]) for name in chosen[0]}, real
 
 
-def _why_not_finite(name: str, bad: int, size: int, variables: Variables) -> str:
+def _why_not_finite(name: str, bad: int, size: int, first: int, variables: Variables) -> str:
     arrays = leaves_by_path(variables.params) | leaves_by_path(variables.state)
     broken = [path for path, array in arrays.items() if not np.isfinite(np.asarray(array, np.float32)).all()]
     reason = (
@@ -117,7 +129,8 @@ def _why_not_finite(name: str, bad: int, size: int, variables: Variables) -> str
         if broken
         else "All weights are finite: look for NaN, huge values or labels out of range in the data."
     )
-    return f"The loss is not finite on {bad} of {size} examples of the {name} split. {reason}"
+    where = f"{bad} of {size} examples of the {name} split, the first is example {first}"
+    return f"The loss is not finite on {where}. {reason}"
 
 
 def describe(network: Network, variables: Variables, masks: PyTree | None, inputs: Sequence[Any]) -> dict[str, Any]:

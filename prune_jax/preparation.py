@@ -11,6 +11,7 @@ from prune_jax.errors import PruneError, UserMistake, did_you_mean
 from prune_jax.plan import Plan, expand, make_plan
 from prune_jax.problems import code_of, data_of
 from prune_jax.recipe import CustomMethod, Problem, Prune, Recipe, Recovery, Rewind, Sparsify, StageCall, parents_of
+from prune_jax.rounds import is_sound
 
 
 def prepare(recipe: Recipe) -> Plan:
@@ -50,7 +51,7 @@ def _is_of(problem: Problem, recipe: Recipe) -> bool:
 
 def is_cached(plan: Plan, store: Store) -> bool:
     """Whether there is nothing to compute."""
-    return all(store.intact(call.ref) for call in plan.calls)
+    return all(is_sound(call, store) for call in plan.calls)
 
 
 @contextmanager

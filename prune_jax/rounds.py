@@ -12,7 +12,8 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 from prune_jax import schedules
-from prune_jax.errors import GuardBreachError
+from prune_jax.checkpoints import Store
+from prune_jax.errors import GuardBreachError, PruneError
 from prune_jax.objectives import objective
 from prune_jax.plan import finetune_call, mask_call, retraining, rewind_call, score_call, train_call
 from prune_jax.recipe import Guard, Iterative, Prune, Ref, Search, StageCall, StageResult, Target, untargeted
@@ -263,3 +264,28 @@ def _on_fold(origin: StageCall, fold: int, folds: int, name: str) -> StageCall:
 
 def _only(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: settings[name] for name in names if name in settings}
+
+
+def is_sound(call: StageCall, store: Store) -> bool:
+    """Whether a call's artifact is intact and, of the turns of a prune stage that are there, none is damaged."""
+    if not store.intact(call.ref):
+        return False
+    rounds = (
+        prune_rounds(call, lambda ref: (store.meta(ref) or {}).get("metrics", {})) if call.kind == "prune" else None
+    )
+    answers: Any = None
+    while rounds:
+        try:
+            batch = rounds.send(answers)
+        except (StopIteration, PruneError, KeyError):  # the end, or a turn that a guard or a search needs is gone
+            break
+        if any(store.damage(turn.ref) for turn in batch):
+            return False
+        metas = [store.meta(turn.ref) for turn in batch]
+        answers = [
+            StageResult(
+                name=turn.name, kind=turn.kind, key=turn.key, status="cached", metrics=(meta or {}).get("metrics", {})
+            )
+            for turn, meta in zip(batch, metas, strict=True)
+        ]
+    return True

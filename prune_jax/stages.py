@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from pydantic import TypeAdapter
 
 from prune_jax.checkpoints import Store
 from prune_jax.criteria import find
 from prune_jax.datasets import Dataset
+from prune_jax.errors import NonFiniteResultError
 from prune_jax.evaluation import describe, latencies, peak_bytes
 from prune_jax.export import EXTENSIONS, WRITERS
 from prune_jax.granularity import check_granularity
@@ -52,6 +54,7 @@ from prune_jax.progress import Progress, Report, silent
 from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Sparsify, StageCall, StageResult, Status, Teaching
 from prune_jax.schedules import iterative
 from prune_jax.scoring import compensate, mask, prunable_paths, score
+from prune_jax.space import check_space
 from prune_jax.sweeping import sweep
 from prune_jax.trees import PyTree, leaves_by_path
 
@@ -72,7 +75,9 @@ def run_stage(call: StageCall, store: Store, *, report: Report = silent) -> Stag
         meta = store.meta(call.ref)
         status: Status = "cached"
         if meta is None:
+            check_space(call, store)
             arrays, metrics, *files = STAGES[call.kind](call, store, report)
+            _check_numbers(call, arrays, metrics)
             seconds = round(time.perf_counter() - began, 3)
             facts = {"call": call.model_dump(mode="json", exclude={"facts"}), "facts": call.facts}
             meta = store.write(call.ref, arrays, {"metrics": metrics, "seconds": seconds, **facts}, *files)
@@ -85,6 +90,21 @@ def run_stage(call: StageCall, store: Store, *, report: Report = silent) -> Stag
         seconds=time.perf_counter() - began,
         metrics=meta["metrics"],
     )
+
+
+def _check_numbers(call: StageCall, arrays: Arrays, metrics: Metrics) -> None:
+    """Refuses to keep NaN or infinity as a result; what a network's state holds is its own business."""
+    for path, leaf in leaves_by_path({name: tree for name, tree in arrays.items() if name != "state"}).items():
+        array = np.asarray(leaf)
+        if jnp.issubdtype(array.dtype, jnp.floating) and not (finite := np.isfinite(array)).all():
+            place = [int(i) for i in np.argwhere(~finite)[0]]
+            raise NonFiniteResultError(
+                f"{call.name} made {array[tuple(place)]} in {path} {list(array.shape)}, first at {place}; "
+                "it is not kept. Look at the data and the weights that it began from, or choose wider types."
+            )
+    for path, value in leaves_by_path(metrics).items():
+        if isinstance(value, float) and not np.isfinite(value):
+            raise NonFiniteResultError(f"{call.name} measured {path} = {value}; it is not kept. Look at the objective.")
 
 
 def train(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:

@@ -29,7 +29,7 @@ from prune_jax.recipe import Optimizer, Sparsify
 from prune_jax.reestimation import reestimate
 from prune_jax.sparse_training import MaskedState, masked, settle
 from prune_jax.sparsification import sparsified
-from prune_jax.trees import PyTree
+from prune_jax.trees import PyTree, leaves_by_path
 
 BEAT_SECONDS = 0.25
 REESTIMATED = 100  # batches, at most, of which batch statistics are taken anew
@@ -438,8 +438,8 @@ class _Beats:
     def finish(self, state: TrainState) -> None:
         if self.end:
             loss = self._look(self.end, state)
-            if not all(bool(jnp.isfinite(w).all()) for w in jax.tree.leaves(state.params)):
-                raise self._diverged("the weights became infinite", self.end)  # the last step's: no loss has seen them
+            if _not_finite(state.params):  # the last step's: no loss has seen them
+                raise self._diverged("the weights became infinite", self.end, state)
             self.beat(self.end, self.end, loss, 0.0)
 
     def _look(self, done: int, state: TrainState) -> float:
@@ -447,12 +447,19 @@ class _Beats:
         losses = np.asarray(state.losses)[:done]
         bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
-            raise self._diverged(f"the loss became {losses[bad[0]]}", int(bad[0]) + 1)
+            raise self._diverged(f"the loss became {losses[bad[0]]}", int(bad[0]) + 1, state)
         return float(losses[-1])
 
-    def _diverged(self, what: str, step: int) -> DivergedError:
-        rate = float(self.rates(step - 1))
+    def _diverged(self, what: str, step: int, state: TrainState) -> DivergedError:
+        rate, broken = float(self.rates(step - 1)), _not_finite(state.params)
+        where = f"NaN or infinity stands in {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}"
         return DivergedError(
             f"{what} at step {step} of {self.total}, at learning rate {rate:g} ({self.optimizer.name}). "
-            "Lower `optimizer.learning_rate`, add `optimizer.warmup_steps` or `optimizer.clip_norm`."
+            "Lower `optimizer.learning_rate`, add `optimizer.warmup_steps` or `optimizer.clip_norm`. "
+            f"{where if broken else 'All weights are finite: the data or the loss are too large'}."
         )
+
+
+def _not_finite(params: PyTree) -> list[str]:
+    """The paths of the leaves that hold NaN or infinity."""
+    return [path for path, leaf in leaves_by_path(params).items() if not bool(jnp.isfinite(leaf).all())]

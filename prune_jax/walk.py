@@ -14,7 +14,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError, UserMistake
 from prune_jax.plan import Plan
 from prune_jax.recipe import Ref, StageCall, StageResult, Status
-from prune_jax.rounds import prune_rounds
+from prune_jax.rounds import is_sound, prune_rounds
 
 Submit = Callable[[StageCall, Callable[[StageResult], None]], None]
 
@@ -59,7 +59,7 @@ class _Walk:
                     self._start(call)
 
     def _start(self, call: StageCall) -> None:
-        if call.kind == "prune" and not self.store.intact(call.ref):
+        if call.kind == "prune" and not is_sound(call, self.store):
             rounds = prune_rounds(call, self._metrics_of)
             self._advance(call, rounds, None)
         elif call.kind == "evaluate" and not self.store.intact(call.ref):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prune_jax.checkpoints import Store
-from prune_jax.errors import DamagedArtifactError, UserMistake
+from prune_jax.checkpoints import FORMAT, Store
+from prune_jax.disks import check_room
+from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake
 from prune_jax.recipe import Ref
 from prune_jax.trees import leaves_by_path
 
@@ -267,7 +269,8 @@ def test_threads_that_write_the_same_leave_one(store):
 HOLDER = """
 import sys, time
 import numpy as np
-from prune_jax.checkpoints import Store
+from prune_jax.checkpoints import FORMAT, Store
+from prune_jax.disks import check_room
 from prune_jax.recipe import Ref
 store, ref = Store(sys.argv[1]), Ref("train", "k" * 20)
 with store.lock(ref):
@@ -381,3 +384,110 @@ def test_relative_stores_work(tmp_path, monkeypatch):
     with store.steps(Ref("train", "other")) as steps:
         steps.save(1, {"w": np.ones(2)})
     assert Store(tmp_path / "artifacts").intact(REF)
+
+
+def test_a_store_tells_its_format_and_a_newer_one_is_refused(store):
+    store.write(REF, PARAMS, {})
+    file = Path(store.root) / "format.json"
+    assert json.loads(file.read_text()) == {"format": FORMAT}
+    file.write_text(json.dumps({"format": FORMAT + 1}))
+    with pytest.raises(UserMistake) as caught:
+        Store(store.root)
+    assert str(caught.value) == (
+        f"{store.root} is a store of format {FORMAT + 1}, but this prune-jax reads formats up to {FORMAT}. "
+        "Install a newer one (`pip install -U prune-jax`), or name another folder with --store."
+    )
+    file.write_text("{")
+    with pytest.raises(DamagedArtifactError, match=r"format.json is not the file that was written. Delete it if"):
+        Store(store.root)
+
+
+@pytest.mark.parametrize("before", [None, FORMAT], ids=["without a version", "an earlier version"])
+def test_an_older_store_is_read_and_gone_on_with(store, before, monkeypatch):
+    store.write(REF, PARAMS, {})
+    file = Path(store.root) / "format.json"
+    if before is None:
+        file.unlink()
+    else:
+        monkeypatch.setattr("prune_jax.checkpoints.FORMAT", FORMAT + 1)
+    older = Store(store.root)
+    assert older.intact(REF)
+    older.write(Ref("train", "other"), PARAMS, {})
+    assert json.loads(file.read_text()) == {"format": FORMAT}
+
+
+def test_a_store_that_went_away_is_not_begun_anew(store, tmp_path):
+    with store.lock(REF):
+        away = Path(store.root).rename(tmp_path / "away")
+        with pytest.raises(StoreError) as caught:
+            store.write(REF, PARAMS, {})
+    assert str(caught.value) == (
+        f"the store {store.root} is gone: format.json, which was there when the run began, is not. Bring it back "
+        "(mount its disk, move the folder back); what is done is kept, and the same command goes on."
+    )
+    for refused in (lambda: Store(store.root, there=True), lambda: store.read(REF), lambda: store.steps(REF)):
+        with pytest.raises(StoreError, match="is gone"):
+            refused()
+    assert not Path(store.root).exists()
+    away.rename(store.root)
+    store.write(REF, PARAMS, {})
+    assert store.intact(REF)
+
+
+def test_a_file_that_may_not_grow_is_told_and_leaves_nothing_half_written(store):
+    """A record, its history, an artifact and a step: what was there stays."""
+    store.write_record({"name": "mine", "turn": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with store.steps(REF) as steps:
+        steps.save(1, {"w": np.arange(99.0)})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+        try:
+            for write, what in (
+                (lambda: store.write_record({"name": "mine", "turn": 2}), "the record of run 'mine' cannot be written"),
+                (lambda: store.write(REF, PARAMS, {}), f"train/{REF.key} cannot be written"),
+                (lambda: steps.save(2, {"w": np.arange(99.0)}), f"step 2 of train/{REF.key} cannot be saved"),
+            ):
+                with pytest.raises(StoreError) as caught:
+                    write()
+                assert str(caught.value).startswith(f"{what}: a file would become larger than this process may write")
+                assert "Raise the limit (`ulimit -f`); what is done is kept, and the same command goes on." in str(
+                    caught.value
+                )
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert steps.latest({"w": np.zeros(99)})[0] == 1
+    assert store.record("mine")["turn"] == 1
+    assert not [p for p in Path(store.root).rglob("*") if p.name.endswith((".tmp", "-tmp"))]
+
+
+def test_a_stage_without_room_is_not_begun(store, monkeypatch):
+    """What is free is as we say: the one place where a disk is made up; `tests.faults.disks` fills real ones."""
+    monkeypatch.setattr("prune_jax.disks.free_bytes", lambda root: 20_000)
+    check_room("train is not begun", str(store.root), 20_000)
+    with pytest.raises(StoreError) as caught:
+        check_room("train is not begun", str(store.root), 20_001)
+    assert str(caught.value).startswith(
+        f"train is not begun: there is not enough room at {store.root} (20.0 kB free, about 20.0 kB needed). Make room "
+    )
+
+
+def test_a_folder_without_its_meta_is_damaged(store):
+    store.write(REF, PARAMS, {})
+    (folder(store) / "meta.json").unlink()
+    assert store.damage(REF) == f"{folder(store) / 'meta.json'} is missing"
+    store.write(REF, PARAMS, {"metrics": {"turn": 2}})
+    assert store.read(REF)[1]["metrics"] == {"turn": 2}
+
+
+def test_a_meta_that_says_the_same_in_other_bytes_is_damaged(store):
+    """Such as the case of a hexadecimal digit: one bit, and the same JSON."""
+    store.write(REF, PARAMS, {"label": "train · mlp"})
+    file = folder(store) / "meta.json"
+    for old, new in (("\\u00b7", "\\u00B7"), ("}", "}\n")):
+        text = file.read_text()
+        file.write_text(new.join(text.rsplit(old, 1)))
+        assert json.loads(file.read_text()) == json.loads(text)
+        assert file.read_text() != text
+        assert store.damage(REF) == f"{file} is not the file that was written"
+        file.write_text(text)
+        assert store.damage(REF) is None

@@ -6,6 +6,7 @@ import contextvars
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -522,13 +523,50 @@ def test_runs_show_and_report(command, finished):
         assert Path(out.strip()).read_text().lstrip().lower().startswith("<!doctype html>")
 
 
+def test_verify_names_the_damaged_file_and_gc_what_goes(command, finished, tmp_path):
+    store = shutil.copytree(finished / "store", tmp_path / "store")
+    code, out, _ = command("verify", "--store", store)
+    assert code == 0
+    assert ": all intact" in out
+    record = json.loads((store / "runs" / "tiny" / "run.json").read_text())
+    file = store / "train" / record["stages"]["train"]["key"] / "meta.json"
+    os.truncate(file, 9)
+    code, out, _ = command("verify", "tiny", "--store", store)
+    assert code == 1
+    assert f"damaged {file} is not the file that was written" in out
+    assert "1 damaged. Run their recipes again" in out
+    code, out, _ = command("verify", "--store", store, "--json")
+    told = json.loads(out)
+    assert (code, told["intact"]) == (1, False)
+    assert [a["damages"] for a in told["artifacts"] if a["verdict"] == "damaged"] == [
+        [f"{file} is not the file that was written"]
+    ]
+    code, out, _ = command("gc", "--keep", "0", "--dry-run", "--store", store)
+    assert code == 0
+    assert "would be freed; nothing was removed" in out
+    code, out, _ = command("gc", "--keep", "0", "--store", store, "--json")
+    removed = json.loads(out)
+    assert code == 0
+    assert {r["what"] for r in removed["removed"]} == {"record", "artifact"}
+    assert removed["bytes"] == sum(r["bytes"] for r in removed["removed"]) > 0
+    assert not [p for p in store.glob("*/*") if not p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("arguments", [("verify",), ("gc",), ("gc", "--keep", "-1")])
+def test_a_store_that_is_not_there_is_bad_input(command, tmp_path, arguments):
+    code, _, err = command(*arguments, "--store", "nowhere")
+    assert code == 2
+    assert "nowhere" in err or "--keep -1: must be 0 or more" in err
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_runs_of_an_empty_store(command):
     code, out, _ = command("runs")
     assert code == 0
     assert "no runs in artifacts" in out
 
 
-@pytest.mark.parametrize("verb", ["", "run", "plan", "recipes", "report"])
+@pytest.mark.parametrize("verb", ["", "run", "plan", "recipes", "report", "verify", "gc"])
 def test_help_has_examples(command, verb):
     code, out, _ = command(*([verb] if verb else []), "--help")
     assert code == 0

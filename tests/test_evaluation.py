@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_is_named(problem):
     with pytest.raises(DivergedError) as caught:
         evaluate(network, variables, classification, split, batch_size=32)
     assert str(caught.value) == (
-        "The loss is not finite on 2 of 101 examples of the test split. "
+        "The loss is not finite on 2 of 101 examples of the test split, the first is example 3. "
         "All weights are finite: look for NaN, huge values or labels out of range in the data."
     )
     broken = jax.tree.map(lambda w: w, variables)
@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_is_named(problem):
     with pytest.raises(DivergedError) as caught:
         evaluate(network, broken, classification, split, batch_size=32, name="validation")
     assert str(caught.value) == (
-        "The loss is not finite on 101 of 101 examples of the validation split. "
+        "The loss is not finite on 101 of 101 examples of the validation split, the first is example 0. "
         "NaN or infinity stands in layer_1/kernel: training diverged; lower the learning rate."
     )
 

@@ -188,7 +188,10 @@ def test_products_take_as_many_numbers_as_weights_times_block():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("fisher",), "criterion 'fisher' does not correct the survivors: choose woodfisher, sparsegpt, or apply_masks."),
+        (
+            ("fisher",),
+            "criterion 'fisher' does not correct the survivors: choose woodfisher, sparsegpt, or apply_masks.",
+        ),
         (("woodfisher", {"dampening": 0}), "criterion 'woodfisher': dampening = 0 must be a number above 0"),
         (("woodfisher", {"block": 2.5}), "criterion 'woodfisher': block = 2.5 must be a whole number from 1 on"),
     ],

@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,10 @@ def grain_splits(
         raise UserMistake(f"{where}: answers Grain datasets. {EXTRA}") from error
     _check(found, grain.MapDataset, where)
     check_split(len(found["train"]), validation, fold, where)
-    splits = {name: found[name].map(_record) for name in _NAMES if found.get(name) is not None}
+    splits = {}
+    for name in (name for name in _NAMES if found.get(name) is not None):
+        check = partial(_checked, f"{where}: record", name, len(found[name]), found.get("classes"))
+        splits[name] = found[name].map_with_index(check)
     train = splits["train"]
     if fold is not None:
         mixed = train.shuffle(seed=0)
@@ -161,6 +165,24 @@ def _check(found: Mapping[str, Any], kind: Any, where: str) -> None:
                 f"{where}: the first record of {name!r} is shaped {shapes[0]}, the last {shapes[-1]}; "
                 "all must be alike, sequences padded and with their lengths"
             )
+
+
+def _checked(where: str, split: str, size: int, classes: int | None, index: int, record: Mapping[str, Any]) -> Any:
+    """A record in normal form; its numbers are looked at as it is read, since nobody reads all of them before."""
+    for part, value in ((part, np.asarray(value)) for part, value in record.items()):
+        if value.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                bad, why = ~np.isfinite(value.astype(np.float32)), "is not finite in float32"
+        elif part == "y" and classes is not None:
+            bad, why = (value < 0) | (value >= classes), f"but classes is {classes}, and labels start at 0"
+        else:
+            bad, why = (value < 0) | (value > np.iinfo(np.int32).max), "but integers in x are tokens, 0 to 2**31 - 1"
+        if bad.any():
+            place = tuple(int(i) for i in np.argwhere(bad)[0])
+            shown = f"{part}[{', '.join(map(str, place))}]" if place else part
+            told = f"{where} {index % size} of {split!r}: {shown} = {value[place]}, {why}"
+            raise UserMistake(f"{told}. Leave the record out, or mend it")
+    return _record(record)
 
 
 def _record(record: Mapping[str, Any]) -> dict[str, np.ndarray]:

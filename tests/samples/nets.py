@@ -23,6 +23,16 @@ class NnxNet(nnx.Module):
         return self.output(self.dropout(self.norm(x))) * self.scale[None, :]
 
 
+class Half(nnx.Module):
+    """One layer whose weights and sums are float16."""
+
+    def __init__(self, inputs, outputs, *, rngs):
+        self.output = nnx.Linear(inputs[0], outputs, param_dtype=jnp.float16, dtype=jnp.float16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.output(x)
+
+
 class NnxRecurrent(nnx.Module):
     """`nnx.RNN` keeps a random stream of its own, and is told the lengths."""
 

@@ -77,6 +77,32 @@ def slow_records(samples=40, seconds=0.02):
     return {"train": split("train"), "test": split("test"), "classes": 3}
 
 
+def bent_records(samples=40, label=True):
+    """Records of Grain's of which one is broken: a label of train, or a number of test."""
+    import grain
+
+    found = blobs(samples)
+
+    def split(name):
+        def read(i):
+            x, y = found[f"x_{name}"][i].copy(), found[f"y_{name}"][i]
+            if name == "test" and i == 5:
+                x[2] = np.nan
+            return {"x": x, "y": y if not label or (name, i) != ("train", 17) else np.int64(-1)}
+
+        return grain.MapDataset.range(samples).map(read)
+
+    return {"train": split("train"), "test": split("test"), "classes": 3}
+
+
+def one():
+    """One example to train on, and one to test on."""
+    found = {"note": "made up"}
+    for split in ("train", "test"):
+        found |= {f"x_{split}": np.ones((1, 2)), f"y_{split}": np.ones((1, 2))}
+    return found
+
+
 def absolute_error(outputs, batch):
     """A user's loss: one number for each example."""
     return jnp.mean(jnp.abs(outputs - batch["y"]), axis=1)
