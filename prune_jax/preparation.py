@@ -160,12 +160,15 @@ def _check_rewinds(plan: Plan) -> None:
 
 
 def _check_sparsify(plan: Plan) -> None:
-    """Refuses methods that the training is too short for, and criteria that a training step cannot have."""
+    """Refuses methods that the training, or that on a fold, is too short for; and criteria that no step can have."""
     for call in plan.calls:
-        method = getattr(plan.recipe.stages.get(call.name), "sparsify", None)
+        stage, training, fold = plan.recipe.stages.get(call.name), call, None
+        if isinstance(stage, Prune) and stage.search and call.origin:
+            training, fold = call.origin, (0, stage.search.folds)
+        method = getattr(plan.recipe.stages.get(training.name), "sparsify", None)
         if method is not None:
-            with _at(plan.recipe.name, f"stages.{call.name}.sparsify.kind", method.kind):
-                _sparsified(method, _training_steps(call, None))
+            with _at(plan.recipe.name, f"stages.{training.name}.sparsify.kind", method.kind):
+                _sparsified(method, _training_steps(training, fold))
 
 
 def _sparsified(method: Sparsify, steps: int) -> Any:

@@ -114,6 +114,7 @@ def make_step(
     gathered: bool,
     devices: int,
     sparsify: Sparsify | None,
+    examples: int | None,
     teacher: Network | None,
     lesson: Lesson | None,
 ) -> Callable[..., TrainState]:
@@ -133,6 +134,7 @@ def make_step(
         gathered: whether batches are cut from arrays on the device, by the epoch's order, or handed in.
         devices: over how many devices a batch is spread.
         sparsify: the method that makes masks while it trains.
+        examples: in the training split; None without such a method, lest splits of other sizes compile anew.
         teacher: what answers beside the labels.
         lesson: what is learned from it.
 
@@ -142,8 +144,7 @@ def make_step(
     """
     goal = objective(objective_name)
     transformation = make_optimizer(optimizer, steps, begin)
-    if sparsify is not None:
-        examples = per_epoch * batch_size
+    if sparsify is not None and examples is not None:
         transformation = _sparsified(optimizer, steps, begin, examples, sparsify, 0)  # the state has the key
     if sparse:
         transformation = masked(transformation, None)
@@ -289,13 +290,14 @@ def fit(
         gathered=gathered,
         devices=devices,
         sparsify=sparsify,
+        examples=None if sparsify is None else examples,
         teacher=teacher.network if teacher else None,
         lesson=teacher.lesson if teacher else None,
     )
     if sparsify is None:
         state = _begin(variables, optimizer, whole, masks, moments, begin_step)
     else:
-        wrapped = _sparsified(optimizer, whole, begin_step, per_epoch * batch_size, sparsify, seed)
+        wrapped = _sparsified(optimizer, whole, begin_step, examples, sparsify, seed)
         state = _begin_sparsified(variables, optimizer, whole, wrapped, moments, begin_step)
     start = 0
     if checkpoints is not None and (found := checkpoints.latest(jax.tree.map(np.asarray, state))):

@@ -11,18 +11,19 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prune_jax.errors import LayerCollapseError, UserMistake
+from prune_jax.masks import apply_masks
 from prune_jax.preparation import check_networks, prepare
-from prune_jax.recipe import Ref, Sparsify, read_recipe
-from prune_jax.sparse_training import METHODS
+from prune_jax.recipe import Optimizer, Ref, Sparsify, read_recipe
+from prune_jax.sparse_training import METHODS, settle
 from prune_jax.sparsification import sparsified
 from prune_jax.stages import SPARSIFY, run_stage
 from prune_jax.trees import leaves_by_path
 from tests.compiling import compilations
-from tests.plain import arrays, part, run_plain, tiny
+from tests.plain import PRUNE, arrays, part, run_plain, tiny
 from tests.sparse_steps import batch_of, check_goes_on, mostly_slow, stepper, trajectory
 from tests.sparse_steps import network as net
 from tests.test_plan import keys, recipe
-from tests.test_training import _with_checkpoints, data, network, same, train
+from tests.test_training import _with_checkpoints, data, network, same, start, train
 
 TRAIN = {"kind": "train", "steps": 24, "optimizer": {"learning_rate": 0.01}}
 KINDS = {
@@ -107,6 +108,37 @@ def test_a_checkpoint_in_mid_schedule_is_gone_on_from(kind, store):
     same(again.masks, whole.masks)
     same(again.losses, whole.losses)
     same(again.moments, whole.moments)
+
+
+@pytest.mark.slow
+def test_the_divergence_is_shared_out_over_all_examples_and_not_those_of_whole_batches():
+    net, split = network(widths=[16]), data(14)  # one batch of 9 in an epoch
+    method = SPARSIFY.validate_python(sparsify("variational_dropout", weight=5.0))
+    found = train(net, split, steps=2, optimizer=Optimizer(name="sgd", learning_rate=0.1), sparsify=method)
+    words = {"weight": 5.0, "end": 1, "optimizer": optax.adam(0.3)}
+    tx = METHODS["variational_dropout"].function(optax.sgd(0.1), examples=14, key=jax.random.key(0), **words)
+    params, extra = start(net)
+    state = tx.init(params)
+    params = apply_masks(params, state.masks)
+    for step in range(2):
+        chosen = np.random.default_rng([0, step]).permutation(14)[:9]
+
+        def loss(params, x=split["x"][chosen], y=split["y"][chosen]):
+            outputs, _ = net.apply(params, extra, (x,), train=True, key=jax.random.key(0))  # it draws nothing
+            return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    for path, w in leaves_by_path(settle(params, state)).items():
+        np.testing.assert_allclose(leaves_by_path(found.variables.params)[path], w, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fold_too_short_for_its_method_is_refused_before_anything_runs():
+    search = {"search": {"amounts": [0.6, 0.7], "folds": 2}, **PRUNE}
+    raw = tiny(train={"kind": "train", "epochs": 4, "sparsify": {"kind": "rigl", "every": 6}}, prune=search)
+    with pytest.raises(UserMistake, match=r"stages.train.sparsify.kind = 'rigl': masks would never .* has 8 steps"):
+        prepare(read_recipe(raw))
+    prepare(read_recipe({**raw, "stages": {"train": raw["stages"]["train"]}}))
 
 
 def built(kind):

@@ -333,6 +333,7 @@ def _step(net, *, batch_size=9, devices=1, sparse=False):
         gathered=True,
         devices=devices,
         sparsify=None,
+        examples=None,
         teacher=None,
         lesson=None,
     )

@@ -142,10 +142,12 @@ def merged(records: Sequence[Record]) -> dict[str, Any]:
     whole |= {"stages": {}, "results": {}}
     for record in records:
         start = f"{record['name']}: "
-        row = {"run": record["name"]} | ({"network": networks[record["name"]]} if len(homes) > 1 else {})
+        row: dict[str, Any] = {"run": record["name"]} | (
+            {"network": networks[record["name"]]} if len(homes) > 1 else {}
+        )
         recipe = record.get("recipe", {})
-        told = [stage.get("row") or {} for stage in record["stages"].values()]
-        if not any(axis.rpartition(".")[2] == "seed" for axes in told for axis in axes):
+        axes = {axis for stage in record["stages"].values() for axis in stage.get("row") or {}}
+        if not any(axis.rpartition(".")[2] == "seed" for axis in axes):
             row["seed"] = str(recipe.get("seed", 0))
         whole["recipe"]["matrix"] |= recipe.get("matrix") or {}
         whole["recipe"]["stages"] |= {start + n: s for n, s in recipe.get("stages", {}).items()}
@@ -250,12 +252,12 @@ def panels_of(record: Record, *, least: int = 2) -> list[Panel]:
         if name not in used or _dense(record, name) == name
     }
     stages_by_words: dict[str, set[str]] = {}
-    longer: dict[tuple[str, Any], set[str]] = {}
+    longer_keys: dict[tuple[str, Any], set[str]] = {}
     for name, axes in ends.items():
         if _dense(record, name) != name:
             stages_by_words.setdefault(axes.words, set()).add(_stage(name))
         if role_of(record, name) == LONGER:
-            longer.setdefault((axes.panel, axes.seed), set()).add(results[name]["key"])
+            longer_keys.setdefault((axes.panel, axes.seed), set()).add(results[name]["key"])
     found: dict[str, dict[str, dict[Any, dict[Any, Network]]]] = {}
     controls: set[str] = set()
     for name, axes in ends.items():
@@ -264,7 +266,7 @@ def panels_of(record: Record, *, least: int = 2) -> list[Panel]:
             continue
         if _dense(record, name) == name:
             label, level = DENSE, None
-        elif role == LONGER and len(longer[axes.panel, axes.seed]) == 1:
+        elif role == LONGER and len(longer_keys[axes.panel, axes.seed]) == 1:
             label, level = LONGER, None
         elif not label or len(stages_by_words[label]) > 1:
             label = ", ".join(filter(None, (_stage(name), label)))
@@ -273,7 +275,7 @@ def panels_of(record: Record, *, least: int = 2) -> list[Panel]:
         found.setdefault(axes.panel, {}).setdefault(label, {}).setdefault(level, {})[axes.seed] = network
     panels = []
     for title, methods in found.items():
-        curves = {
+        curves: dict[str, tuple[Place, ...]] = {
             label: tuple(Place(level, levels[level]) for level in sorted(levels, key=_rank))
             for label, levels in methods.items()
         }
@@ -298,8 +300,11 @@ def _axes(record: Record, name: str, *, several: bool) -> _Axes:
     """Of a network in a run of one training stage, or of several."""
     row, dense = record["results"][name].get("row") or {}, _dense(record, name)
     matrix: Mapping[str, Any] = (record.get("recipe") or {}).get("matrix") or {}
-    own = record["results"][dense].get("row") or {} if dense else {}
-    title, words, levels, seeds = [_stage(dense)] if dense and several else [], [], [], []
+    own: Mapping[str, Any] = record["results"][dense].get("row") or {} if dense else {}
+    title = [_stage(dense)] if dense and several else []
+    words: list[str] = []
+    levels: list[Any] = []
+    seeds: list[Any] = []
     for axis, value in row.items():
         end = axis.rpartition(".")[2]
         if end in ("seed", "sparsity"):
