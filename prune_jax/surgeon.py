@@ -219,7 +219,7 @@ def _of_small(h: jax.Array) -> jax.Array:
     def one(h: jax.Array) -> jax.Array:
         return lax.linalg.triangular_solve(jnp.linalg.cholesky(h), jnp.eye(len(h)), left_side=True, lower=True)
 
-    return lax.map(one, h)
+    return one(h) if h.ndim == 2 else lax.map(one, h)
 
 
 @jax.jit
