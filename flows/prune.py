@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 from httpx import HTTPError
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -21,11 +24,14 @@ from prune_jax.flows.tasks import delays, limited_tags, stage, tags_of
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError
 from prune_jax.preparation import check_networks, is_cached, prepare
+from prune_jax.progress import Progress, listeners
 from prune_jax.recipe import Recipe, Ref, StageCall, StageResult
 from prune_jax.records import Run
 from prune_jax.report.tables import results_markdown, results_table
 from prune_jax.walk import failure, walk
 
+# The record of a run in this context, for whoever called the flow; of the same name there may be others by then.
+made: ContextVar[list[dict[str, Any]] | None] = ContextVar("made", default=None)
 THREADS = 8  # the walk says how many stages are at work; here is room for all that it may say
 
 
@@ -74,7 +80,10 @@ def prune(recipe: Recipe, store: str = "artifacts", name: str | None = None, sid
         run.end(call, result)
         done(result)
 
-    record = run.finish(walk(plan, artifacts, submit, side_by_side=side_by_side or _side_by_side()))
+    with _ending_stages():
+        record = run.finish(walk(plan, artifacts, submit, side_by_side=side_by_side or _side_by_side()))
+    if (wanted := made.get()) is not None:
+        wanted.append(record)
     try:
         _show(record)
     except HTTPError as error:  # the work is done and recorded; a server that is away does not undo it
@@ -96,14 +105,47 @@ def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None 
     Raises:
         UserMistake: the recipe is wrong.
         PruneError: the run ended without a record.
+        KeyboardInterrupt: the process was told to end.
     """
-    begun = time.time()
-    state = prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True)
-    record = Store(store).record_path(name)
-    if not record.exists() or record.stat().mtime < begun - 1:
+    records: list[dict[str, Any]] = []
+    token = made.set(records)
+    try:
+        state = prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True)
+    except TerminationSignal:
+        raise KeyboardInterrupt from None
+    except HTTPError as error:
+        if not records:
+            raise PruneError(
+                f"Prefect's server does not answer: {type(error).__name__}: {error}. What is done is kept. Start the "
+                "server that PREFECT_API_URL names, or unset it; the same command goes on."
+            ) from error
+    finally:
+        made.reset(token)
+    if not records:
         state.result()  # raises what kept the run from ending
         raise PruneError(f"Prefect ended the run as {state.name}: {state.message}")
-    return Store(store).record(name)
+    return records[0]
+
+
+@contextmanager
+def _ending_stages() -> Iterator[None]:
+    """Ends the stages at work at their next report, where they save a checkpoint, when the run is told to end."""
+    ended = threading.Event()
+    heard = listeners.get()
+
+    def progress(progress: Progress) -> None:
+        if ended.is_set():
+            raise PruneError("the run was told to end")
+        heard.progress(progress)
+
+    token = listeners.set(heard._replace(progress=progress))
+    try:
+        yield
+    except BaseException:
+        ended.set()
+        raise
+    finally:
+        listeners.reset(token)
 
 
 def _side_by_side() -> int:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ ARRAYS = "arrays"
 META = "meta.json"
 # Orbax numbers its operations for the whole process: saves side by side would take each other's temporary folders.
 ORBAX = threading.Lock()
+LOCK_POLL = 0.05  # seconds between two looks at a lock that another one holds
 PACKAGES = ("prune-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "prefect", "numpy")
 
 
@@ -183,22 +185,29 @@ class Store:
             self.work(ref).rmtree()
 
     @contextlib.contextmanager
-    def lock(self, ref: Ref) -> Iterator[None]:
+    def lock(self, ref: Ref, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Holds the artifact's lock: a second run waits and then finds the first one's result.
 
-        The kernel lets go of it with the process, so a killed run leaves nothing locked. Remote stores have none; there
-        the same artifact may be made twice and the first one stays.
+        The kernel lets go of it with the process, so a killed run leaves nothing locked; what it left half written is
+        removed by the next who holds the lock. Remote stores have none; there the same artifact may be made twice and
+        the first one stays.
+
+        Args:
+            ref: the artifact's name.
+            waiting: called now and then while another one holds the lock; what it raises ends the wait.
         """
         if not self.local:
             yield
             return
-        import fcntl
-
-        folder = Path(self.root) / ref.kind
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f".{ref.key}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with _locked(Path(self.root) / ref.kind / f".{ref.key}.lock", waiting):
+            self._clear_leftovers(ref)
             yield
+
+    def _clear_leftovers(self, ref: Ref) -> None:
+        for aside in Path(self.root).glob(f"{ref.kind}/.{ref.key}.*.tmp"):
+            shutil.rmtree(aside)
+        if self.meta(ref):
+            self.clear_work(ref)
 
     def steps(self, ref: Ref) -> Steps:
         """The step checkpoints of a stage at work."""
@@ -234,16 +243,19 @@ class Store:
         return [r.parent.name for r in sorted(records, key=lambda r: (r.stat().mtime, r.parent.name))]
 
     def write_record(self, record: Mapping[str, Any]) -> epath.Path:
-        """Writes a run's record by one rename; the record of an earlier run of that name moves to `history/`."""
+        """Writes a run's record by one rename; the record of an earlier run of that name goes to `history/`, whole."""
         path = self.record_path(record["name"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            history = path.parent / "history"
-            history.mkdir(parents=True, exist_ok=True)
-            path.copy(history / f"{len(list(history.iterdir())) + 1}.json")
-        aside = path.parent / f".run.{uuid.uuid4().hex[:8]}.tmp"
-        aside.write_text(json.dumps(record, indent=1, allow_nan=False))
-        aside.replace(path)
+        text = json.dumps(record, indent=1, allow_nan=False)
+        with _locked(Path(path.parent) / ".lock") if self.local else contextlib.nullcontext():
+            if path.exists():
+                history = path.parent / "history"
+                history.mkdir(parents=True, exist_ok=True)
+                earlier = len(list(history.glob("*.json")))
+                last = history / f"{earlier}.json"
+                if not earlier or last.read_bytes() != path.read_bytes():  # else one was killed between these two lines
+                    _put(history / f"{earlier + 1}.json", path.read_text())
+            _put(path, text)
         return path
 
 
@@ -280,6 +292,29 @@ class Steps:
         with ORBAX:
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=self._ocp.args.StandardSave(tree))
+
+
+@contextlib.contextmanager
+def _locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()
+                time.sleep(LOCK_POLL)
+        yield
+
+
+def _put(path: epath.Path, text: str) -> None:
+    """Writes a file by one rename."""
+    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def _digest_of(meta: Mapping[str, Any]) -> str:

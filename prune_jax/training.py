@@ -6,7 +6,9 @@ The data, the order of an epoch and the state stay on the device; a step is one 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -30,6 +32,8 @@ from prune_jax.sparsification import sparsified
 from prune_jax.trees import PyTree
 
 BEAT_SECONDS = 0.25
+# Programs that span devices and are started side by side, by runs in threads, may wait for each other for ever.
+SPANNING = threading.Lock()
 CHECKPOINT_SHARE = 20  # a checkpoint may cost one part in so many of the time
 
 
@@ -243,12 +247,13 @@ def fit(
     clock = _Beats(optimizer, total, end, start, beat, checkpoints, checkpoint_seconds)
     # Devices of one CPU share its threads: steps in flight side by side would wait for each other for ever.
     one_at_a_time = devices > 1 and jax.default_backend() == "cpu"
-    for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, everywhere):
-        state = step_function(state, batch, order, key)
-        if one_at_a_time:
-            jax.block_until_ready(state.step)
-        clock.tick(done, state)
-    clock.finish(state)
+    with SPANNING if devices > 1 else contextlib.nullcontext():
+        for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, everywhere):
+            state = step_function(state, batch, order, key)
+            if one_at_a_time:
+                jax.block_until_ready(state.step)
+            clock.tick(done, state)
+        clock.finish(state)
     params, last = jax.device_get((state.params, state.state))
     if sparsify is not None:
         masks = jax.device_get(state.optimizer.masks)
