@@ -28,12 +28,13 @@ PATIENCE = 900  # seconds that a run may take on a machine that others use, too
 ADAM = {"learning_rate": 0.01}
 
 
-def recipe(seconds: float = 0.02, steps: int = 40, formats: tuple[str, ...] = ("stablehlo", "safetensors")) -> Any:
-    """Train, two rounds of score, mask and finetune, compact, evaluate, export; records come slowly, `seconds` each.
+def recipe(
+    seconds: float = 0.02, steps: int = 40, rounds: int = 2, formats: tuple[str, ...] = ("stablehlo", "safetensors")
+) -> Any:
+    """Train, rounds of score, mask and finetune, compact, evaluate, export; records come slowly, `seconds` each.
 
     A checkpoint at the first beat of each training, and then as often as may be.
     """
-    rounds = {"kind": "iterative", "rounds": 2}
     recovery = {"steps": steps // 2, "optimizer": ADAM}
     return {
         "name": NAME,
@@ -52,7 +53,7 @@ def recipe(seconds: float = 0.02, steps: int = 40, formats: tuple[str, ...] = ("
                 "criterion": "taylor",
                 "granularity": "group",
                 "target": {"sparsity": 0.5},
-                "schedule": rounds,
+                "schedule": {"kind": "iterative", "rounds": rounds},
                 "finetune": recovery,
                 "checkpoint_seconds": 0,
             },
