@@ -95,7 +95,7 @@ def command(raw: Any, store: Path, env: dict[str, str], *options: str) -> subpro
 
 def finished(store: Path) -> dict[str, str]:
     """The artifacts of a store that are finished, and the digest of each one's `meta.json`."""
-    metas = store.glob("*/*/meta.json")
+    metas = store.glob("*/[!.]*/meta.json")
     return {f"{m.parent.parent.name}/{m.parent.name}": hashlib.sha256(m.read_bytes()).hexdigest() for m in metas}
 
 
