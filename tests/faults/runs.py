@@ -83,13 +83,14 @@ def environment(home: Path, url: str | None = None) -> dict[str, str]:
     return {**kept, **given, **({"PREFECT_API_URL": url} if url else {})}
 
 
-def command(raw: Any, store: Path, env: dict[str, str], *options: str) -> subprocess.Popen[str]:
-    """`prune-jax run` in a process of its own; what it says goes to a file beside the store."""
-    path = store.parent / f"{store.name}.yaml"
+def command(raw: Any, store: Path, env: dict[str, str], at: Path | None = None) -> subprocess.Popen[str]:
+    """`prune-jax run` in a process of its own; recipe and what it says go to files in the folder `at`."""
+    at = at or store.parent
+    path = at / f"{store.name}.yaml"
     path.write_text(json.dumps(raw))
-    with open(store.parent / f"{store.name}.{time.time_ns()}.log", "w") as log:
+    with open(at / f"{store.name}.{time.time_ns()}.log", "w") as log:
         script = "import sys; from prune_jax.cli import main; sys.exit(main())"
-        words = [sys.executable, "-c", script, "run", str(path), "--store", str(store), *options]
+        words = [sys.executable, "-c", script, "run", str(path), "--store", str(store)]
         return subprocess.Popen(words, env=env, stdout=log, stderr=log, text=True, stdin=subprocess.DEVNULL)
 
 

@@ -19,6 +19,7 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Cancelling, Scheduled
 
+from prune_jax.recipe import read_recipe
 from tests.faults.runs import (
     NAME,
     PrefectServer,
@@ -59,7 +60,8 @@ class Served(NamedTuple):
 
     def begin(self, store: Path) -> UUID:
         """Asks for a run."""
-        given = {"recipe": recipe(), "store": str(store), "name": NAME}
+        whole = read_recipe(recipe()).model_dump(mode="json", exclude_unset=True)  # the server knows no short forms
+        given = {"recipe": whole, "store": str(store), "name": NAME}
         return self.client.create_flow_run_from_deployment(self.deployment, parameters=given).id
 
     def state(self, run: UUID) -> str:
@@ -130,9 +132,10 @@ def stop_all(it: Served, run: UUID, store: Path) -> None:
 
 def cancel(it: Served, run: UUID, store: Path) -> None:
     """The button in the UI; the process ends within seconds and leaves none behind."""
+    pids = holders(store)
     it.client.set_flow_run_state(run, Cancelling())
     begun = time.monotonic()
-    until(lambda: not holders(store), "the process ends", STOPS_WITHIN)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the process ends", STOPS_WITHIN)
     sys.stderr.write(f"        stopped {time.monotonic() - begun:.1f} s after it was cancelled\n")
     it.wait(run, "Cancelled", patience=60)
 
