@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 from httpx import HTTPError
-from prefect import flow
+from prefect import flow, get_client
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
@@ -105,26 +105,30 @@ def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None 
     Raises:
         UserMistake: the recipe is wrong.
         PruneError: the run ended without a record.
-        KeyboardInterrupt: the process was told to end.
     """
+    with get_client(sync_client=True) as client:
+        if fault := client.api_healthcheck():
+            raise _unanswered(fault)
     records: list[dict[str, Any]] = []
     token = made.set(records)
     try:
         state = prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True)
-    except TerminationSignal:
-        raise KeyboardInterrupt from None
     except HTTPError as error:
         if not records:
-            raise PruneError(
-                f"Prefect's server does not answer: {type(error).__name__}: {error}. What is done is kept. Start the "
-                "server that PREFECT_API_URL names, or unset it; the same command goes on."
-            ) from error
+            raise _unanswered(error) from error
     finally:
         made.reset(token)
     if not records:
         state.result()  # raises what kept the run from ending
         raise PruneError(f"Prefect ended the run as {state.name}: {state.message}")
     return records[0]
+
+
+def _unanswered(fault: Exception) -> PruneError:
+    return PruneError(
+        f"Prefect's server at {PREFECT_API_URL.value()} does not answer ({type(fault).__name__}: {fault}). What is done "
+        "is kept. Start the server, or unset PREFECT_API_URL to run with a temporary one; the same command goes on."
+    )
 
 
 @contextmanager

@@ -70,8 +70,8 @@ def moments(record: dict[str, Any]) -> list[Moment]:
     return [*found, *[Moment("in the record", len(stages), f"{last['kind']}/{last['key']}/meta.json", 0.5)] * 2]
 
 
-def kill_at(process: Process, store: Path, moment: Moment, chance: random.Random) -> bool:
-    """Does `kill -9` when the moment has come; `False` if the run ended before."""
+def kill_at(process: Process, store: Path, moment: Moment, chance: random.Random, number: int) -> bool:
+    """Sends a signal when the moment has come; `False` if the run ended before."""
     begun = time.time()
     while not moment.come(store, begun):
         if process.poll() is not None:
@@ -82,13 +82,18 @@ def kill_at(process: Process, store: Path, moment: Moment, chance: random.Random
     time.sleep(chance.uniform(0, moment.within))
     if process.poll() is not None:
         return False
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pid, number)
     process.wait(60)
     return True
 
 
 def kill_and_finish(
-    launch: Launch, store: Path, whole: dict[str, str], wanted: list[Moment], chance: random.Random
+    launch: Launch,
+    store: Path,
+    whole: dict[str, str],
+    wanted: list[Moment],
+    chance: random.Random,
+    number: int = signal.SIGKILL,
 ) -> tuple[list[str], list[str]]:
     """Kills one run again and again, lets it finish, and answers the kills and what was wrong afterwards."""
     wrong: list[str] = []
@@ -97,7 +102,7 @@ def kill_and_finish(
     kills: list[str] = []
     for moment in wanted:
         process = launch(store)
-        if not kill_at(process, store, moment, chance):
+        if not kill_at(process, store, moment, chance, number):
             break
         kills.append(moment.name)
         now, steps = finished(store), last_steps(store)
@@ -121,7 +126,9 @@ def kill_and_finish(
     return kills, [*wrong, *(f"{path} is left over" for path in leftovers(store))]
 
 
-def kill_often(launch: Launch, folder: Path, times: int, seed: int = 0) -> Outcome:
+def kill_often(
+    launch: Launch, folder: Path, times: int, seed: int = 0, number: int = signal.SIGKILL
+) -> Outcome:
     """Runs the recipe once undisturbed, then kills runs of it, one to four times each, until `times` are killed."""
     chance = random.Random(seed)
     with clock() as seconds:
@@ -129,15 +136,15 @@ def kill_often(launch: Launch, folder: Path, times: int, seed: int = 0) -> Outco
             raise RuntimeError(f"the run that nothing disturbed ended with {code}")
         whole = contents(folder / "whole")
         pool: list[Moment] = []
-        killed = survived = lost = number = 0
+        killed = survived = lost = turn = 0
         while killed < times:
             if not pool:
                 pool = moments(records(folder / "whole")[-1])
                 chance.shuffle(pool)
             here = min(chance.randint(1, 4), times - killed)
             wanted, pool = sorted(pool[:here], key=lambda m: m.order), pool[here:]
-            kills, wrong = kill_and_finish(launch, folder / f"run-{number}", whole, wanted, chance)
-            number += 1
+            kills, wrong = kill_and_finish(launch, folder / f"run-{turn}", whole, wanted, chance, number)
+            turn += 1
             killed += len(kills)
             survived += 0 if wrong else len(kills)
             lost += len(wrong)
@@ -175,3 +182,12 @@ def kill_flow_alone(times: int) -> Outcome:
     with _room() as folder:
         env = environment(folder / "home")
         return kill_often(lambda store: command(raw, store, env), folder, times, seed=1)
+
+
+@fault("SIGTERM of the flow process, a temporary server")
+def end_flow(times: int) -> Outcome:
+    """What a cluster sends before it takes the machine away: trainings save a step first."""
+    raw = recipe()
+    with _room() as folder:
+        env = environment(folder / "home")
+        return kill_often(lambda store: command(raw, store, env), folder, times, seed=2, number=signal.SIGTERM)
