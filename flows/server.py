@@ -26,10 +26,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, get_current_settin
 from prune_jax.errors import PruneError
 
 PATIENCE = 600  # seconds that a start may take: the first one writes the database, and many may start at once
-# Each of Prefect's kinds of blocks, some hundred that no flow of ours uses, would be written anew into every new home.
+# Tables are made in turn, below. Prefect's hundred kinds of blocks, which no flow of ours uses, are not written at all.
 QUICK = {"PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false", "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false"}
-
-
 STARTING = threading.Lock()  # runs in several threads share one server
 
 

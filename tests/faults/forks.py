@@ -1,7 +1,7 @@
 """`python -m tests.faults.forks RECIPE`: a process with everything imported that forks one for each run of a recipe.
 
-A store's path comes in on a line; out go the number of the fork and, once it has ended, its exit status. JAX is imported
-but not started before the fork, so that its threads are the child's own. Dozens of kills in the time of a few starts.
+A store's path comes in on a line; out go the number of the fork and, once it has ended, its exit status. JAX is
+imported but not started before the fork: its threads are the child's own. Dozens of kills in the time of a few starts.
 """
 
 from __future__ import annotations
@@ -30,10 +30,6 @@ def _serve(raw: Any) -> None:
     import grain  # noqa: F401
     import orbax.checkpoint  # noqa: F401
 
-    import prune_jax.export
-    import prune_jax.models
-    import prune_jax.records
-    import prune_jax.training
     import tests.plain  # noqa: F401
 
     warnings.filterwarnings("ignore", message="os.fork")

@@ -126,9 +126,7 @@ def kill_and_finish(
     return kills, [*wrong, *(f"{path} is left over" for path in leftovers(store))]
 
 
-def kill_often(
-    launch: Launch, folder: Path, times: int, seed: int = 0, number: int = signal.SIGKILL
-) -> Outcome:
+def kill_often(launch: Launch, folder: Path, times: int, seed: int = 0, number: int = signal.SIGKILL) -> Outcome:
     """Runs the recipe once undisturbed, then kills runs of it, one to four times each, until `times` are killed."""
     chance = random.Random(seed)
     with clock() as seconds:

@@ -124,7 +124,12 @@ def records(store: Path, name: str = NAME) -> list[dict[str, Any]]:
 
 def leftovers(store: Path) -> list[str]:
     """What no finished run should leave: half-written artifacts and records, step checkpoints."""
-    found = [*store.glob("*/.*.tmp"), *store.glob("*/*.work"), *store.glob("*/*.damaged-*"), *store.glob("runs/*/.*.tmp")]
+    found = [
+        *store.glob("*/.*.tmp"),
+        *store.glob("*/*.work"),
+        *store.glob("*/*.damaged-*"),
+        *store.glob("runs/*/.*.tmp"),
+    ]
     return [str(p.relative_to(store)) for p in found]
 
 

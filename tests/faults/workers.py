@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -53,9 +53,7 @@ class Served(NamedTuple):
         words = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local", "--type", "process"]
         with open(self.folder / "worker.log", "a") as log:
             self.worker.append(
-                subprocess.Popen(
-                    words, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True
-                )
+                subprocess.Popen(words, cwd=self.folder, env=self.env, stdout=log, stderr=log, start_new_session=True)
             )
 
     def begin(self, store: Path) -> UUID:
