@@ -8,3 +8,4 @@ import os
 
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "6")  # two minutes of patience with a server that starts anew

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 from httpx import HTTPError
-from prefect import flow
+from prefect import flow, get_client
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
@@ -20,11 +24,14 @@ from prune_jax.flows.tasks import delays, limited_tags, stage, tags_of
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError
 from prune_jax.preparation import check_networks, is_cached, prepare
+from prune_jax.progress import Progress, listeners
 from prune_jax.recipe import Recipe, Ref, StageCall, StageResult
 from prune_jax.records import Run
 from prune_jax.report.tables import results_markdown, results_table
 from prune_jax.walk import failure, walk
 
+# The record of a run in this context, for whoever called the flow; of the same name there may be others by then.
+made: ContextVar[list[dict[str, Any]] | None] = ContextVar("made", default=None)
 THREADS = 8  # the walk says how many stages are at work; here is room for all that it may say
 
 
@@ -73,8 +80,10 @@ def prune(recipe: Recipe, store: str = "artifacts", name: str | None = None, sid
         run.end(call, result)
         done(result)
 
-    with artifacts.at_work(call.ref for call in plan.calls):
+    with artifacts.at_work(call.ref for call in plan.calls), _ending_stages():
         record = run.finish(walk(plan, artifacts, submit, side_by_side=side_by_side or _side_by_side()))
+    if (wanted := made.get()) is not None:
+        wanted.append(record)
     try:
         _show(record)
     except HTTPError as error:  # the work is done and recorded; a server that is away does not undo it
@@ -97,18 +106,51 @@ def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None 
         UserMistake: the recipe is wrong.
         PruneError: the run ended without a record.
     """
-    before = _written(store, name)
-    state = prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True)
-    if _written(store, name) in (None, before):
+    with get_client(sync_client=True) as client:
+        if fault := client.api_healthcheck():
+            raise _unanswered(fault)
+    records: list[dict[str, Any]] = []
+    token = made.set(records)
+    try:
+        state = prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True)
+    except HTTPError as error:
+        if not records:
+            raise _unanswered(error) from error
+    finally:
+        made.reset(token)
+    if not records:
         state.result()  # raises what kept the run from ending
         raise PruneError(f"Prefect ended the run as {state.name}: {state.message}")
-    return Store(store).record(name)
+    return records[0]
 
 
-def _written(store: str, name: str) -> str | None:
-    """The text of a run's record: that it changed tells that it was written, whatever the clock says."""
-    path = Store(store).record_path(name)
-    return path.read_text() if path.exists() else None
+def _unanswered(fault: Exception) -> PruneError:
+    return PruneError(
+        f"Prefect's server at {PREFECT_API_URL.value()} does not answer ({type(fault).__name__}: {fault}). What "
+        "is done is kept. Start the server, or unset PREFECT_API_URL to run with a temporary one, and give the same "
+        "command again."
+    )
+
+
+@contextmanager
+def _ending_stages() -> Iterator[None]:
+    """Ends the stages at work at their next report, where they save a checkpoint, when the run is told to end."""
+    ended = threading.Event()
+    heard = listeners.get()
+
+    def progress(progress: Progress) -> None:
+        if ended.is_set():
+            raise PruneError("the run was told to end")
+        heard.progress(progress)
+
+    token = listeners.set(heard._replace(progress=progress))
+    try:
+        yield
+    except BaseException:
+        ended.set()
+        raise
+    finally:
+        listeners.reset(token)
 
 
 def _side_by_side() -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import functools
 import gc
@@ -24,7 +25,10 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, get_current_settin
 
 from prune_jax.errors import PruneError
 
-PATIENCE = 120  # seconds that a start may take: the first one writes the database, and the machine may be busy
+PATIENCE = 600  # seconds that a start may take: the first one writes the database, and many may start at once
+# Tables are made in turn, below. Prefect's hundred kinds of blocks, which no flow of ours uses, are not written at all.
+QUICK = {"PREFECT_SERVER_DATABASE_MIGRATE_ON_START": "false", "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false"}
+STARTING = threading.Lock()  # runs in several threads share one server
 
 
 class Temporary(NamedTuple):
@@ -45,9 +49,10 @@ def start_early() -> Temporary:
     Its start takes seconds: time to import Flax and check the recipe. Prefect would start the same by itself, but from
     a module whose import alone takes this process two seconds more.
     """
-    if _start().process.poll() is not None:
-        _start.cache_clear()
-    return _start()
+    with STARTING:
+        if _start().process.poll() is not None:
+            _start.cache_clear()
+        return _start()
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,7 +61,7 @@ def _start() -> Temporary:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(listening.fileno())],
-            env={**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)},
+            env={**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True), **QUICK},
             pass_fds=[listening.fileno()],
             stdin=subprocess.PIPE,  # closed when this process ends, however it ends
             process_group=0,  # Ctrl-C is for this process, which has things to tell the server then
@@ -112,17 +117,32 @@ def _answers(port: int) -> bool:
         connection.close()
 
 
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Waits until no other server is making tables in this home: SQLite has two that do so at once fail."""
+    import fcntl
+
+    home = get_current_settings().home
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / ".prune-jax.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def serve(descriptor: int) -> None:
     """Serves Prefect's API on a socket, without pages and background services, as long as stdin is open."""
     gc.set_threshold(50_000)  # imports make what stays: a quarter of their time went into looking for garbage
     import uvicorn
     from prefect.server.api.server import create_app
+    from prefect.server.database import provide_database_interface
 
     def end_with_parent() -> None:
         os.read(sys.stdin.fileno(), 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    with _turn():
+        asyncio.run(provide_database_interface().create_db())
     uvicorn.run(create_app(ephemeral=True, final=True), fd=descriptor, log_level="error", lifespan="on")
 
 

@@ -7,11 +7,13 @@ from typing import Any
 from uuid import UUID
 
 import jax
+from httpx import HTTPError
 from prefect import get_client, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import State
 
 from prune_jax.checkpoints import Store
@@ -21,6 +23,7 @@ from prune_jax.recipe import StageCall, StageResult
 from prune_jax.stages import run_stage
 
 RETRY_DELAYS = [5, 30, 120]  # seconds; the last for all further tries
+AWAY = 60  # seconds without a progress bar once the server did not answer
 PAGE, PAGES = 200, 50  # concurrency limits that are asked for at a time, as many as a server answers, and how often
 
 
@@ -87,7 +90,10 @@ def _to_all(*reports: Report) -> Report:
 
 
 def _progress_artifact() -> Report:
-    """A progress bar in the UI for stages of more than a second, moved at most once a second."""
+    """A progress bar in the UI for stages of more than a second, moved at most once a second.
+
+    It waits for nothing: with the server away the stage goes on, and the bar is tried again a minute later.
+    """
     artifact: UUID | None = None
     last = time.perf_counter()
 
@@ -99,9 +105,13 @@ def _progress_artifact() -> Report:
             return
         last = now
         percent = 100 * progress.done / max(progress.total, 1)
-        if artifact is None:
-            artifact = create_progress_artifact(progress=percent, description=progress.label)  # type: ignore[assignment]
-        else:
-            update_progress_artifact(artifact_id=artifact, progress=percent)
+        try:
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+                if artifact is None:
+                    artifact = create_progress_artifact(progress=percent, description=progress.label)  # type: ignore[assignment]
+                else:
+                    update_progress_artifact(artifact_id=artifact, progress=percent)
+        except HTTPError:
+            last = now + AWAY
 
     return report

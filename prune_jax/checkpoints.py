@@ -12,10 +12,11 @@ import functools
 import json
 import os
 import platform
+import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ AT_WORK, GATE = ".at-work", ".gate.lock"  # files of `runs/`: what the runs at w
 # Orbax numbers its operations for the whole process: saves side by side would take each other's temporary folders.
 ORBAX = threading.Lock()
 KEPT_STEPS = 2
+LOCK_POLL = 0.05  # seconds between two looks at a lock that another one holds
 PACKAGES = ("prune-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "prefect", "numpy")
 
 
@@ -277,23 +279,29 @@ class Store:
             self.work(ref).rmtree()
 
     @contextlib.contextmanager
-    def lock(self, ref: Ref) -> Iterator[None]:
+    def lock(self, ref: Ref, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Holds the artifact's lock: a second run waits and then finds the first one's result.
 
-        The kernel lets go of it with the process, so a killed run leaves nothing locked. Remote stores have none; there
-        the same artifact may be made twice and the first one stays.
+        The kernel lets go of it with the process, so a killed run leaves nothing locked; what it left half written is
+        removed by the next who holds the lock. Remote stores have none; there the same artifact may be made twice and
+        the first one stays.
+
+        Args:
+            ref: the artifact's name.
+            waiting: called now and then while another one holds the lock; what it raises ends the wait.
         """
         if not self.local:
             yield
             return
-        folder = self.root / ref.kind
         with told(f"{ref.kind}/{ref.key} cannot be begun", str(self.root)):
-            self.make(folder)
-            path = Path(folder) / f".{ref.key}.lock"
-            file = locked(path)
+            self.make(self.root / ref.kind)
+            path = Path(self.root) / ref.kind / f".{ref.key}.lock"
+            while (file := locked(path, wait=False)) is None:
+                waiting()
+                time.sleep(LOCK_POLL)
             os.utime(path)  # tells when it was held last
-        assert file is not None
         with file:
+            self._clear_leftovers(ref)
             yield
 
     @contextlib.contextmanager
@@ -323,6 +331,12 @@ class Store:
         assert file is not None
         with file:
             yield
+
+    def _clear_leftovers(self, ref: Ref) -> None:
+        for aside in Path(self.root).glob(f"{ref.kind}/.{ref.key}.*.tmp"):
+            shutil.rmtree(aside)
+        if self.meta(ref):
+            self.clear_work(ref)
 
     def steps(self, ref: Ref) -> Steps:
         """The step checkpoints of a stage at work."""
@@ -360,20 +374,22 @@ class Store:
         return [r.parent.name for r in sorted(records, key=age)]
 
     def write_record(self, record: Mapping[str, Any]) -> epath.Path:
-        """Writes a run's record by one rename; the record of an earlier run of that name moves to `history/`."""
+        """Writes a run's record by one rename; the record of an earlier run of that name goes to `history/`, whole."""
         path = self.record_path(record["name"])
         with told(f"the record of run {record['name']!r} cannot be written", str(self.root)):
             self.make(path.parent)
-            others = [age(self.record_path(name)) for name in self.runs()]
-            if path.exists():
-                history = path.parent / "history"
-                history.mkdir(parents=True, exist_ok=True)
-                last = max((int(p.stem) for p in history.iterdir() if p.stem.isdigit()), default=0)
-                superseded = history / f"{last + 1}.json"
-                replace(superseded, path.read_text(), path.stat().mtime)
-            replace(path, _text(record))
-            if self.local and others and age(path) <= max(others):  # the clock was set back: the last is the latest
-                os.utime(path, (max(others)[0] + 0.01,) * 2)
+            with (locked(Path(path.parent) / ".lock") if self.local else None) or contextlib.nullcontext():
+                others = [age(self.record_path(name)) for name in self.runs()]
+                if path.exists():
+                    history = path.parent / "history"
+                    history.mkdir(parents=True, exist_ok=True)
+                    last = max((int(p.stem) for p in history.iterdir() if p.stem.isdigit()), default=0)
+                    text = path.read_text()
+                    if not last or (history / f"{last}.json").read_text() != text:  # else one was killed in between
+                        replace(history / f"{last + 1}.json", text, path.stat().mtime)
+                replace(path, _text(record))
+                if self.local and others and age(path) <= max(others):  # the clock was set back: the last is the latest
+                    os.utime(path, (max(others)[0] + 0.01,) * 2)
         return path
 
 

@@ -68,7 +68,11 @@ def run_stage(call: StageCall, store: Store, *, report: Report = silent) -> Stag
         PruneError: what went wrong, and how to mend it.
     """
     began = time.perf_counter()
-    with store.lock(call.ref):
+
+    def waiting() -> None:
+        report(Progress(call.name, f"{call.label}: another run is at it", 0, 1))
+
+    with store.lock(call.ref, waiting=waiting):
         if damage := store.damage(call.ref):
             moved = store.set_aside(call.ref)
             report(Progress(call.name, f"{call.label}: {damage}; moved to {moved.name}, made anew", 0, 1))

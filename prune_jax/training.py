@@ -6,6 +6,8 @@ The data, the order of an epoch and the state stay on the device; a step is one 
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -33,6 +35,8 @@ from prune_jax.trees import PyTree, leaves_by_path
 
 BEAT_SECONDS = 0.25
 REESTIMATED = 100  # batches, at most, of which batch statistics are taken anew
+# Programs that span devices and are started side by side, by runs in threads, may wait for each other for ever.
+SPANNING = threading.Lock()
 CHECKPOINT_SHARE = 20  # a checkpoint may cost one part in so many of the time
 
 
@@ -313,12 +317,13 @@ def fit(
     clock = _Beats(optimizer, rates, total, end, start, beat, checkpoints, checkpoint_seconds)
     # Devices of one CPU share its threads: steps in flight side by side would wait for each other for ever.
     one_at_a_time = devices > 1 and jax.default_backend() == "cpu"
-    for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, everywhere):
-        state = step_function(state, batch, order, key, taught)
-        if one_at_a_time:
-            jax.block_until_ready(state.step)
-        clock.tick(done, state)
-    clock.finish(state)
+    with SPANNING if devices > 1 else contextlib.nullcontext():
+        for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, everywhere):
+            state = step_function(state, batch, order, key, taught)
+            if one_at_a_time:
+                jax.block_until_ready(state.step)
+            clock.tick(done, state)
+        clock.finish(state)
     params, last = jax.device_get((state.params, state.state))
     if sparsify is not None:
         settled = settle(state.params, state.optimizer)

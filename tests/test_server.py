@@ -107,6 +107,6 @@ def test_a_server_that_does_not_start_is_named_with_its_home(broken_home):
     with pytest.raises(PruneError) as raised, server.in_use(server.start_early()):
         pass
     assert str(raised.value) == (
-        "Prefect's temporary server ended with exit code 3; what it wrote stands above. Its database lies in "
+        "Prefect's temporary server ended with exit code 1; what it wrote stands above. Its database lies in "
         f"{broken_home}: make sure that it can be written there, or set PREFECT_API_URL to a server that runs."
     )
