@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
+import re
 import threading
 import time
 import uuid
@@ -22,12 +24,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from prune_jax.archives import check_memory
 from prune_jax.errors import DamagedArtifactError, UserMistake, did_you_mean
-from prune_jax.recipe import Ref, digest
+from prune_jax.recipe import Ref, check_run_name, digest, is_run_name, printable, why_no_record
 from prune_jax.trees import leaves_by_path, nest
 
 ARRAYS = "arrays"
 META = "meta.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of what lies in a store; none of them leads out of it
+FILE = re.compile(r"[^/\\\0]+(/[^/\\\0]+)*")
 # Orbax numbers its operations for the whole process: saves side by side would take each other's temporary folders.
 ORBAX = threading.Lock()
 PACKAGES = ("prune-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "prefect", "numpy")
@@ -46,9 +51,13 @@ class Store:
     """Artifacts and run records below a folder or any URL that `etils.epath` can write."""
 
     def __init__(self, root: str | os.PathLike[str]):
-        path = epath.Path(root)
-        self.root = path if "://" in str(root) else path.resolve()  # Orbax takes absolute paths only
-        if self.local and self.root.exists() and not self.root.is_dir():
+        try:
+            path = epath.Path(root)
+            self.root = path if "://" in str(root) else path.resolve()  # Orbax takes absolute paths only
+            there = self.local and self.root.exists()
+        except (ValueError, OSError) as error:
+            raise UserMistake(f"store = {str(root)[:100]!r}: no folder can have this name ({error})") from None
+        if there and not self.root.is_dir():
             raise UserMistake(f"{self.root} is a file; a store is a folder. Give another one with --store.")
 
     @property
@@ -58,11 +67,29 @@ class Store:
 
     def path(self, ref: Ref) -> epath.Path:
         """The folder of an artifact."""
-        return self.root / ref.kind / ref.key
+        return self._below(ref.kind, ref.key)
 
     def work(self, ref: Ref) -> epath.Path:
         """The folder in which a stage keeps its step checkpoints until it is done."""
-        return self.root / ref.kind / f"{ref.key}.work"
+        return self._below(ref.kind, f"{ref.key}.work")
+
+    def _below(self, *names: str) -> epath.Path:
+        """A path below the root that stays there, whoever wrote the names and the folders.
+
+        Raises:
+            DamagedArtifactError: a name leads elsewhere, or a folder on the way is a symbolic link.
+        """
+        found = self.root
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise DamagedArtifactError(f"{name[:100]!r} is no name of the store in {self.root}.")
+            found = found / name
+            if self.local and os.path.islink(found):
+                raise DamagedArtifactError(
+                    f"{found} is a symbolic link, and a store follows none: what lies behind it may be anybody's. Put "
+                    "the folder itself there, or give the place that it leads to with --store."
+                )
+        return found
 
     def meta(self, ref: Ref) -> dict[str, Any] | None:
         """What is known of a finished artifact; `None` if there is none, nothing if it is damaged."""
@@ -72,7 +99,7 @@ class Store:
             return None
         except ValueError:  # neither text nor JSON
             return {}
-        return meta if isinstance(meta, dict) and meta.get("digest") == _digest_of(meta) else {}
+        return meta if _is_meta(meta) else {}
 
     def damage(self, ref: Ref) -> str | None:
         """Says what is wrong with a finished artifact: a file that is missing or whose digest differs."""
@@ -81,9 +108,14 @@ class Store:
             return None
         if not meta:
             return f"{self.path(ref) / META} is not the file that was written"
+        folder = self.path(ref)
+        if self.local and (link := next((f for f in Path(folder).rglob("*") if f.is_symlink()), None)):
+            return f"{link} is a symbolic link"
         for name, expected in meta["files"].items():
-            file = self.path(ref) / name
-            if not file.exists():
+            file = folder / name
+            if not FILE.fullmatch(name) or ".." in name.split("/"):
+                return f"{name[:100]!r} in {META} leads out of it"
+            if not file.is_file():
                 return f"{file} is missing"
             if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
                 return f"{file} is not the file that was written (its sha256 differs from {META})"
@@ -106,12 +138,22 @@ class Store:
             raise DamagedArtifactError(
                 f"{ref.kind}/{ref.key}: {damage or 'not in the store'}. Run the recipe again: it will be made anew."
             )
-        flat = {p: np.empty(shape, dtype) for p, (shape, dtype) in meta["arrays"].items()}
-        target = nest({p: array for p, array in flat.items() if array.size})
-        if not target:
-            return nest(flat), meta
-        with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(self.path(ref) / ARRAYS, args=ocp.args.StandardRestore(target))
+        try:
+            sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in meta["arrays"].values()]
+            check_memory(sum(sizes), "what it holds")
+            flat = {p: np.empty(shape, dtype) for p, (shape, dtype) in meta["arrays"].items()}
+            target = nest({p: array for p, array in flat.items() if array.size})
+            if not target:
+                return nest(flat), meta
+            with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                found = checkpointer.restore(self.path(ref) / ARRAYS, args=ocp.args.StandardRestore(target))
+        except Exception as error:  # what Orbax raises where arrays are not as meta says; we write no such artifacts
+            if isinstance(error, OSError) or not self.local:  # a disk or a network that may come back
+                raise
+            raise DamagedArtifactError(
+                f"{ref.kind}/{ref.key}: its arrays cannot be read ({type(error).__name__}: {error}). Remove its folder "
+                "and run the recipe again: it will be made anew."
+            ) from error
         return nest(flat | leaves_by_path(found)), meta
 
     def write(
@@ -194,9 +236,10 @@ class Store:
             return
         import fcntl
 
-        folder = Path(self.root) / ref.kind
+        folder = Path(self.path(ref).parent)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f".{ref.key}.lock", "w") as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link would open, and create, what it leads to
+        with open(os.open(folder / f".{ref.key}.lock", flags, 0o666), "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -208,29 +251,34 @@ class Store:
 
     def record_path(self, name: str) -> epath.Path:
         """Where the record of a run lies."""
-        return self.root / "runs" / name / "run.json"
+        check_run_name(name)
+        return self._below("runs", name) / "run.json"
 
     def record(self, name: str) -> dict[str, Any]:
         """The record of a run."""
-        path = self.record_path(name)
-        if not path.exists():
+        if not is_run_name(name) or not (path := self.record_path(name)).exists():
             known = self.runs()
             raise UserMistake(
-                f"no run {name!r} in {self.root}{did_you_mean(name, known)} (runs: {', '.join(known) or 'none'})"
+                f"no run {name[:100]!r} in {self.root}{did_you_mean(name, known)} (runs: {', '.join(known) or 'none'})"
             )
+        mend = "Run the recipe again: what it computed is there."
         try:
-            return json.loads(path.read_text())
-        except ValueError:
-            raise DamagedArtifactError(
-                f"{path}, the record of run {name!r}, is not JSON. Run the recipe again: what it computed is there."
-            ) from None
+            record = printable(json.loads(path.read_text()))
+        except (ValueError, RecursionError):
+            raise DamagedArtifactError(f"{path}, the record of run {name!r}, is not JSON. {mend}") from None
+        if why := why_no_record(record):
+            raise DamagedArtifactError(f"{path}, the record of run {name!r}, is not one: {why}. {mend}")
+        return record
 
     def runs(self) -> list[str]:
         """The names of all runs, the latest last."""
         folder = self.root / "runs"
         if not folder.exists():
             return []
-        records = [p / "run.json" for p in folder.iterdir() if (p / "run.json").exists()]
+        if self.local and os.path.islink(folder):
+            return []
+        named = [p for p in folder.iterdir() if is_run_name(p.name) and not (self.local and os.path.islink(p))]
+        records = [p / "run.json" for p in named if (p / "run.json").exists()]
         return [r.parent.name for r in sorted(records, key=lambda r: (r.stat().mtime, r.parent.name))]
 
     def write_record(self, record: Mapping[str, Any]) -> epath.Path:
@@ -238,13 +286,22 @@ class Store:
         path = self.record_path(record["name"])
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            history = path.parent / "history"
+            history = self._below("runs", record["name"], "history")
             history.mkdir(parents=True, exist_ok=True)
             path.copy(history / f"{len(list(history.iterdir())) + 1}.json")
-        aside = path.parent / f".run.{uuid.uuid4().hex[:8]}.tmp"
-        aside.write_text(json.dumps(record, indent=1, allow_nan=False))
-        aside.replace(path)
+        write_anew(path, json.dumps(record, indent=1, allow_nan=False).encode())
         return path
+
+
+def write_anew(path: epath.Path, data: bytes) -> None:
+    """Writes a file by one rename: a symbolic link that stood there is replaced, and nothing behind it touched."""
+    aside = path.parent / f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    finally:
+        if aside.exists():
+            aside.unlink()
 
 
 class Steps:
@@ -284,6 +341,22 @@ class Steps:
 
 def _digest_of(meta: Mapping[str, Any]) -> str:
     return digest({name: value for name, value in meta.items() if name != "digest"})
+
+
+def _is_meta(meta: Any) -> bool:
+    """Whether it is what `write` writes, as far as its parts are used here."""
+    try:
+        return (
+            meta["digest"] == _digest_of(meta)
+            and all(isinstance(sha, str) for sha in meta["files"].values())
+            and all(
+                isinstance(dtype, str) and all(type(d) is int and d >= 0 for d in shape)
+                for shape, dtype in meta["arrays"].values()
+            )
+            and all(isinstance(meta.get(part, {}), dict) for part in ("call", "metrics", "facts"))
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return False
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
