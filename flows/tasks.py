@@ -73,7 +73,7 @@ def delays(retries: int) -> list[int]:
     name="stage",
     task_run_name="{call.label}",
     cache_policy=NO_CACHE,
-    persist_result=False,
+    persist_result=False,  # the store holds it; Prefect would pickle it
     retry_condition_fn=worth_retrying,
 )
 def stage(call: StageCall, store: str) -> StageResult:

@@ -69,6 +69,7 @@ def run(
 ) -> None:
     """Runs a recipe through Prefect; what is already in the store is not computed again."""
     _quiet()
+    _find_code(no_plugins)
     from rich.console import Console
 
     from prune_jax.console import Board
@@ -129,6 +130,7 @@ def plan(
     from prune_jax.recipe import read_recipe
     from prune_jax.registry import without_plugins
 
+    _find_code(no_plugins)
     with without_plugins(no_plugins):
         wanted = read_recipe(recipe, changes=set_ or ())
         rows = forecast(prepare(wanted), Store(store))
@@ -330,6 +332,12 @@ def _escaped(text: str) -> str:
     return escape(text)
 
 
+def _find_code(no_plugins: bool) -> None:
+    """Has `my_pkg.nets:Net` found where the user stands; last of all, so that no file there takes a package's place."""
+    if not no_plugins:
+        sys.path.append(str(Path.cwd()))
+
+
 def _quiet() -> None:
     """Leaves the terminal to the bars and the table; Prefect's API still gets every log."""
     import logging
@@ -350,7 +358,6 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be what no encoding holds
-    sys.path.insert(0, str(Path.cwd()))  # so that `my_pkg.nets:Net` is found where the user stands
     try:
         app(standalone_mode=True)
     except UserMistake as mistake:

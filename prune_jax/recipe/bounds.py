@@ -26,7 +26,8 @@ def check_bounds(raw: Any) -> None:
     Raises:
         PydanticCustomError: naming the place, what stands there and the bound.
     """
-    parts, waiting = 0, [((), raw)]
+    parts = 0
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), raw)]
     while waiting:
         path, value = waiting.pop()
         parts += 1
