@@ -15,7 +15,7 @@ import numpy as np
 from prune_jax.errors import UserMistake
 
 ARRAYS = 1000  # in one archive
-BOMB_BYTES, BOMB_RATIO = 2**30, 100  # unpacked: so large, and so many times the archive, is no data
+BOMB_BYTES, BOMB_RATIO = 2**28, 100  # unpacked: so large, and so many times what is there, is no data
 OBJECTS = (
     "holds Python objects, which are not read since unpickling runs code; save it as a plain array of numbers, padded "
     "where rows differ in length"
@@ -46,23 +46,22 @@ def read_archive(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise UserMistake(f"is damaged ({type(error).__name__}: {error}); write the file again") from error
 
 
-def check_memory(size: int, what: str) -> None:
-    """Refuses what takes more bytes than this machine has memory."""
+def check_unpacked(unpacked: int, packed: int) -> None:
+    """Refuses what would take more bytes than this machine has memory, or a hundred times those that are there."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise UserMistake(f"{what} takes {size / 2**30:,.1f} GiB, and this machine has {memory / 2**30:.1f} in all")
+    told = f"unpacks to {unpacked / 2**30:,.1f} GiB"
+    if unpacked > memory:
+        raise UserMistake(f"{told}, and this machine has {memory / 2**30:.1f} in all")
+    if unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
+        raise UserMistake(
+            f"{told}, {unpacked // max(packed, 1):,} times its size; if that is meant, store it without compression"
+        )
 
 
 def _check_sizes(members: list[zipfile.ZipInfo], packed: int) -> None:
     if len(members) > ARRAYS:
         raise UserMistake(f"holds {len(members):,} arrays; at most {ARRAYS:,} are read")
-    unpacked = sum(member.file_size for member in members)
-    check_memory(unpacked, "what it unpacks to")
-    if unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
-        raise UserMistake(
-            f"unpacks to {unpacked / 2**30:,.1f} GiB, {unpacked // packed:,} times its size; if that is meant, write "
-            "it with numpy.savez, which does not compress"
-        )
+    check_unpacked(sum(member.file_size for member in members), packed)
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from prune_jax.archives import check_memory
+from prune_jax.archives import check_unpacked
 from prune_jax.errors import DamagedArtifactError, UserMistake, did_you_mean
 from prune_jax.recipe import Ref, check_run_name, digest, is_run_name, printable, why_no_record
 from prune_jax.trees import leaves_by_path, nest
@@ -140,7 +140,7 @@ class Store:
             )
         try:
             sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in meta["arrays"].values()]
-            check_memory(sum(sizes), "what it holds")
+            check_unpacked(sum(sizes), sum((self.path(ref) / name).stat().length for name in meta["files"]))
             flat = {p: np.empty(shape, dtype) for p, (shape, dtype) in meta["arrays"].items()}
             target = nest({p: array for p, array in flat.items() if array.size})
             if not target:

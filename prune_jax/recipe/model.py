@@ -135,7 +135,7 @@ BUILT_IN_MODELS = {
 
 def _model_tag(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind in BUILT_IN_MODELS else "custom"
+    return kind if isinstance(kind, str) and kind in BUILT_IN_MODELS else "custom"
 
 
 Model = Annotated[

@@ -232,7 +232,7 @@ BUILT_IN_METHODS: dict[str, type[Frozen]] = {
 
 def _method_tag(value: Any) -> str | None:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind is None or kind in BUILT_IN_METHODS else "custom"
+    return kind if kind is None or (isinstance(kind, str) and kind in BUILT_IN_METHODS) else "custom"
 
 
 Sparsify = Annotated[
