@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import stat
 import threading
 import time
 import uuid
@@ -54,10 +55,12 @@ class Store:
         try:
             path = epath.Path(root)
             self.root = path if "://" in str(root) else path.resolve()  # Orbax takes absolute paths only
-            there = self.local and self.root.exists()
+            is_file = self.local and not stat.S_ISDIR(os.stat(self.root).st_mode)
+        except FileNotFoundError:
+            is_file = False
         except (ValueError, OSError) as error:
-            raise UserMistake(f"store = {str(root)[:100]!r}: no folder can have this name ({error})") from None
-        if there and not self.root.is_dir():
+            raise UserMistake(f"store = {str(root)[:100]!r}: cannot be a folder ({error})") from None
+        if is_file:
             raise UserMistake(f"{self.root} is a file; a store is a folder. Give another one with --store.")
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import resource
@@ -88,9 +89,28 @@ def hunt(cases: st.SearchStrategy[Any], survives: Callable[[Any], object], times
 
 
 ODD = st.sampled_from(
-    [None, True, False, 0, 1, -1, 2, 10**9, 2**31, 2**63, -(2**63), 10**30, 10**4000]
-    + [0.0, -0.0, 0.5, 1.0, 1e-300, 1e300, float("nan"), float("inf")]
-    + [
+    [
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        10**9,
+        2**31,
+        2**63,
+        -(2**63),
+        10**30,
+        10**4000,
+        0.0,
+        -0.0,
+        0.5,
+        1.0,
+        1e-300,
+        1e300,
+        float("nan"),
+        float("inf"),
         "",
         "0",
         "none",
@@ -100,14 +120,33 @@ ODD = st.sampled_from(
         "os:system",
         "../..",
         "/etc/passwd",
-        "\0",
-        "\ud800",
+        "\x00",
+        "�",
         "\u202e",
         "．．",
         "x" * 300,
+        "x" * 20000,
+        "*",
+        "[",
+        "2:4",
+        "0:0",
+        "99999:99999",
+        "train",
+        "prune",
+        "magnitude",
+        "group",
+        "layer",
+        "global",
+        [],
+        {},
+        [[]],
+        [{}],
+        {"": 0},
+        {"kind": "x"},
+        {1: 2},
+        {"block": [0, 0]},
+        [0] * 50,
     ]
-    + ["x" * 20_000, "*", "[", "2:4", "0:0", "99999:99999", "train", "prune", "magnitude", "group", "layer", "global"]
-    + [[], {}, [[]], [{}], {"": 0}, {"kind": "x"}, {1: 2}, {"block": [0, 0]}, [0] * 50]
 )
 LEAVES = ODD | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(
@@ -212,8 +251,6 @@ TOKENS = st.sampled_from(
         ":",
         ": ",
         "#",
-    ]
-    + [
         "'",
         '"',
         "|",
@@ -223,7 +260,7 @@ TOKENS = st.sampled_from(
         "...",
         "\n",
         "\t",
-        "\0",
+        "\x00",
         "\ufeff",
         "2020-13-99",
         "1:1:1",
@@ -231,8 +268,13 @@ TOKENS = st.sampled_from(
         "~",
         ".inf",
         "0x1",
+        "[" * 500,
+        "&a [*a]",
+        "9" * 5000,
+        '"\\ud800"',
+        "é",
+        "\u2028",
     ]
-    + ["[" * 500, "&a [*a]", "9" * 5000, '"\\ud800"', "é", "\u2028"]
 )
 EDITS = st.lists(
     st.tuples(st.integers(0, 10**6), st.integers(0, 3), TOKENS | st.text(max_size=3)), min_size=1, max_size=5
@@ -318,8 +360,13 @@ def npy(array: np.ndarray) -> bytes:
 
 
 ARRAYS = st.sampled_from(
-    [*GOOD.values(), np.full((6, 2), np.nan), np.zeros((0, 2)), np.ones(6), np.array(1.0), np.ones((6, 2), complex)]
-    + [
+    [
+        *GOOD.values(),
+        np.full((6, 2), np.nan),
+        np.zeros((0, 2)),
+        np.ones(6),
+        np.array(1.0),
+        np.ones((6, 2), complex),
         np.array(["a"] * 6),
         np.arange(6) - 3,
         np.full(6, 2**40),
@@ -400,7 +447,7 @@ def files(times: int) -> Outcome:
             name, flips, cut = case
             data = flipped(good[name], flips, cut)
             (home / name).write_bytes(data)
-            files = meta["files"] | {name: __import__("hashlib").sha256(data).hexdigest()}
+            files = meta["files"] | {name: hashlib.sha256(data).hexdigest()}
             told = meta | {"files": files}
             (home / META).write_text(json.dumps(told | {"digest": _digest_of(told)}))
             try:
