@@ -103,7 +103,7 @@ def test_mappings_are_refused_as_files_are(raw, told):
 def test_a_mapping_that_holds_itself_is_refused():
     raw = tiny()
     raw["data"] = {"source": "xor", "args": raw}
-    with pytest.raises(UserMistake, match="is nested more than 32 deep|has more than 20,000 values"):
+    with pytest.raises(UserMistake, match=r"is nested more than 32 deep|has more than 20,000 values"):
         read_recipe(raw)
 
 
@@ -117,7 +117,7 @@ def test_changes_are_bounded_too(change):
 
 @pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "/dev/zero"], ids=["long", "nul", "device"])
 def test_what_is_no_file_is_refused(source):
-    with pytest.raises(UserMistake, match="no such file|cannot be read"):
+    with pytest.raises(UserMistake, match=r"no such file|cannot be read"):
         read_recipe(source)
     with pytest.raises(UserMistake):
         read_inputs(source)

@@ -283,8 +283,9 @@ def test_files_of_an_artifact_that_lie_elsewhere_are_damage(store, outside):
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
 SECRETS = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{30,}|\bglpat-[\w-]{20}|\bxox[abpr]-[\w-]{10}|"
-    r"\bsk-[A-Za-z0-9]{32,}|\bpypi-[\w-]{40,}|\bhf_[A-Za-z0-9]{30,}|\bpnu_[A-Za-z0-9]{30,}|\bAIza[\w-]{35}|://[^/\s:@{}]+:[^/\s:@{}]+@"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{30,}|\bglpat-[\w-]{20}|"
+    r"\bxox[abpr]-[\w-]{10}|\bsk-[A-Za-z0-9]{32,}|\bpypi-[\w-]{40,}|\bhf_[A-Za-z0-9]{30,}|\bpnu_[A-Za-z0-9]{30,}|"
+    r"\bAIza[\w-]{35}|://[^/\s:@{}]+:[^/\s:@{}]+@"
 )
 
 
