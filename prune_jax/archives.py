@@ -46,13 +46,13 @@ def read_archive(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise UserMistake(f"is damaged ({type(error).__name__}: {error}); write the file again") from error
 
 
-def check_unpacked(unpacked: int, packed: int) -> None:
-    """Refuses what would take more bytes than this machine has memory, or a hundred times those that are there."""
+def check_unpacked(unpacked: int, packed: int, ratio: int = BOMB_RATIO) -> None:
+    """Refuses what would take more bytes than this machine has memory, or `ratio` times those that are there."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     told = f"unpacks to {unpacked / 2**30:,.1f} GiB"
     if unpacked > memory:
         raise UserMistake(f"{told}, and this machine has {memory / 2**30:.1f} in all")
-    if unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
+    if unpacked > max(BOMB_BYTES, ratio * packed):
         raise UserMistake(
             f"{told}, {unpacked // max(packed, 1):,} times its size; if that is meant, store it without compression"
         )

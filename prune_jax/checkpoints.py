@@ -32,6 +32,7 @@ from prune_jax.trees import leaves_by_path, nest
 
 ARRAYS = "arrays"
 META = "meta.json"
+SPARSE_RATIO = 10_000  # how much smaller a network of zeros may be on disk than in memory
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of what lies in a store; none of them leads out of it
 FILE = re.compile(r"[^/\\\0]+(/[^/\\\0]+)*")
 # Orbax numbers its operations for the whole process: saves side by side would take each other's temporary folders.
@@ -143,7 +144,8 @@ class Store:
             )
         try:
             sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in meta["arrays"].values()]
-            check_unpacked(sum(sizes), sum((self.path(ref) / name).stat().length for name in meta["files"]))
+            stored = sum((self.path(ref) / name).stat().length for name in meta["files"])
+            check_unpacked(sum(sizes), stored, ratio=SPARSE_RATIO)
             flat = {p: np.empty(shape, dtype) for p, (shape, dtype) in meta["arrays"].items()}
             target = nest({p: array for p, array in flat.items() if array.size})
             if not target:

@@ -16,6 +16,7 @@ from prune_jax.recipe.bounds import BYTES, DEPTH, PARTS
 from prune_jax.recipe.recipe import Recipe
 
 RECIPES = resources.files("prune_jax.recipes")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 DIGITS = 40  # of a number, as it is written
 DEVICES = ("CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10)))
 # What these fields take beside the words that they know.
@@ -63,11 +64,13 @@ def validate(raw: Mapping[str, Any], label: str) -> Recipe:
 
 def check_run_name(name: str) -> None:
     """Refuses a run's name that could not be a folder's."""
-    if not is_run_name(name):
+    if not _RUN_NAME.fullmatch(name):
         raise UserMistake(
-            f"name = {_short(name)}: a run's name has letters, digits, '.', '_' and '-', begins with a letter or a "
-            "digit, has at most 100 characters, and is none that Windows keeps for itself (NUL, COM1, ...)"
+            f"name = {name[:120]!r}: a run's name has letters, digits, '.', '_' and '-', begins with a letter or a digit "
+            "and has at most 100 characters"
         )
+    if not is_run_name(name):
+        raise UserMistake(f"name = {name!r}: Windows keeps this name for itself, or the '.' at its end; choose another")
 
 
 def is_run_name(name: str) -> bool:
@@ -76,8 +79,7 @@ def is_run_name(name: str) -> bool:
     >>> is_run_name("lenet-5"), is_run_name("../lenet-5"), is_run_name("nul.txt")
     (True, False, False)
     """
-    fits = re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?", name)
-    return bool(fits) and name.partition(".")[0].upper() not in DEVICES
+    return bool(_RUN_NAME.fullmatch(name)) and name[-1] != "." and name.partition(".")[0].upper() not in DEVICES
 
 
 def _parse(source: str) -> tuple[str, dict[str, Any]]:
