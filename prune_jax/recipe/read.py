@@ -66,8 +66,8 @@ def check_run_name(name: str) -> None:
     """Refuses a run's name that could not be a folder's."""
     if not _RUN_NAME.fullmatch(name):
         raise UserMistake(
-            f"name = {name[:120]!r}: a run's name has letters, digits, '.', '_' and '-', begins with a letter or a digit "
-            "and has at most 100 characters"
+            f"name = {name[:120]!r}: a run's name has letters, digits, '.', '_' and '-', begins with a letter or a "
+            "digit and has at most 100 characters"
         )
     if not is_run_name(name):
         raise UserMistake(f"name = {name!r}: Windows keeps this name for itself, or the '.' at its end; choose another")
