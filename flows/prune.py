@@ -25,8 +25,9 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError
 from prune_jax.preparation import check_networks, is_cached, prepare
 from prune_jax.progress import Progress, listeners
-from prune_jax.recipe import Recipe, Ref, StageCall, StageResult
+from prune_jax.recipe import Recipe, Ref, StageCall, StageResult, check_run_name
 from prune_jax.records import Run
+from prune_jax.registry import without_plugins
 from prune_jax.report.tables import results_markdown, results_table
 from prune_jax.walk import failure, walk
 
@@ -47,7 +48,13 @@ def _run_name() -> str:
     task_runner=ThreadPoolTaskRunner(max_workers=THREADS),  # type: ignore[arg-type]
     persist_result=False,
 )
-def prune(recipe: Recipe, store: str = "artifacts", name: str | None = None, side_by_side: int | None = None) -> State:
+def prune(
+    recipe: Recipe,
+    store: str = "artifacts",
+    name: str | None = None,
+    side_by_side: int | None = None,
+    no_plugins: bool = False,
+) -> State:
     """Trains, scores, masks, fine-tunes and evaluates as the recipe says.
 
     Args:
@@ -55,12 +62,19 @@ def prune(recipe: Recipe, store: str = "artifacts", name: str | None = None, sid
         store: the folder or URL in which artifacts and run records lie.
         name: the run's name; left out, the recipe's.
         side_by_side: stages at a time; left out, as many as the machine is good for.
+        no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
     """
+    with without_plugins(no_plugins):
+        return _prune(recipe, store, name or recipe.name, side_by_side)
+
+
+def _prune(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> State:
+    check_run_name(name)
     artifacts = Store(store)
     plan = prepare(recipe)
     if not is_cached(plan, artifacts):
         check_networks(plan)
-    run = Run(plan, artifacts, name or recipe.name)
+    run = Run(plan, artifacts, name)
     futures: dict[Ref, PrefectFuture[StageResult]] = {}
     limited = limited_tags()
 

@@ -72,7 +72,13 @@ def delays(retries: int) -> list[int]:
     return (RETRY_DELAYS + RETRY_DELAYS[-1:] * retries)[:retries]
 
 
-@task(name="stage", task_run_name="{call.label}", cache_policy=NO_CACHE, retry_condition_fn=worth_retrying)
+@task(
+    name="stage",
+    task_run_name="{call.label}",
+    cache_policy=NO_CACHE,
+    persist_result=False,  # the store holds it; Prefect would pickle it
+    retry_condition_fn=worth_retrying,
+)
 def stage(call: StageCall, store: str) -> StageResult:
     """Carries out one stage; returns at once when its artifact is already in the store."""
     _tag_run(*tags_of(call))

@@ -10,9 +10,12 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 import platform
+import re
 import shutil
+import stat
 import threading
 import time
 import uuid
@@ -24,16 +27,20 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from prune_jax.archives import check_unpacked
 from prune_jax.disks import GOES_ON, told
 from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake, did_you_mean
 from prune_jax.files import files_below, locked, replace, sha256, sync, sync_all
-from prune_jax.recipe import Ref, digest
+from prune_jax.recipe import Ref, check_run_name, digest, is_run_name, printable, why_no_record
 from prune_jax.trees import leaves_by_path, nest
 
 ARRAYS = "arrays"
 META = "meta.json"
 FORMAT, FORMAT_FILE = 1, "format.json"  # a store without the file is of version 1
 AT_WORK, GATE = ".at-work", ".gate.lock"  # files of `runs/`: what the runs at work need; who holds the gate may remove
+SPARSE_RATIO = 10_000  # how much smaller a network of zeros may be on disk than in memory
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of what lies in a store; none of them leads out of it
+FILE = re.compile(r"[^/\\\0]+(/[^/\\\0]+)*")
 # Orbax numbers its operations for the whole process: saves side by side would take each other's temporary folders.
 ORBAX = threading.Lock()
 KEPT_STEPS = 2
@@ -63,9 +70,15 @@ class Store:
     """
 
     def __init__(self, root: str | os.PathLike[str], *, there: bool = False):
-        path = epath.Path(root)
-        self.root = path if "://" in str(root) else path.resolve()  # Orbax takes absolute paths only
-        if self.local and self.root.exists() and not self.root.is_dir():
+        try:
+            path = epath.Path(root)
+            self.root = path if "://" in str(root) else path.resolve()  # Orbax takes absolute paths only
+            is_file = self.local and not stat.S_ISDIR(os.stat(self.root).st_mode)
+        except FileNotFoundError:
+            is_file = False
+        except (ValueError, OSError) as error:
+            raise UserMistake(f"store = {str(root)[:100]!r}: cannot be a folder ({error})") from None
+        if is_file:
             raise UserMistake(f"{self.root} is a file; a store is a folder. Give another one with --store.")
         self.there = there or (self.local and self.format is not None)
         if there:
@@ -121,11 +134,29 @@ class Store:
 
     def path(self, ref: Ref) -> epath.Path:
         """The folder of an artifact."""
-        return self.root / ref.kind / ref.key
+        return self._below(ref.kind, ref.key)
 
     def work(self, ref: Ref) -> epath.Path:
         """The folder in which a stage keeps its step checkpoints until it is done."""
-        return self.root / ref.kind / f"{ref.key}.work"
+        return self._below(ref.kind, f"{ref.key}.work")
+
+    def _below(self, *names: str) -> epath.Path:
+        """A path below the root that stays there, whoever wrote the names and the folders.
+
+        Raises:
+            DamagedArtifactError: a name leads elsewhere, or a folder on the way is a symbolic link.
+        """
+        found = self.root
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise DamagedArtifactError(f"{name[:100]!r} is no name of the store in {self.root}.")
+            found = found / name
+            if self.local and os.path.islink(found):
+                raise DamagedArtifactError(
+                    f"{found} is a symbolic link, and a store follows none: what lies behind it may be anybody's. Put "
+                    "the folder itself there, or give the place that it leads to with --store."
+                )
+        return found
 
     def meta(self, ref: Ref) -> dict[str, Any] | None:
         """What is known of a finished artifact; `None` if there is none, nothing if it is damaged."""
@@ -134,11 +165,11 @@ class Store:
             try:
                 text = file.read_text()
                 meta = json.loads(text)
-                sound = meta["digest"] == _digest_of(meta) and text == _text(meta)
+                sound = _is_meta(meta) and text == _text(meta)
             except (FileNotFoundError, NotADirectoryError):
                 # It is in the artifact when that appears; but folders of a remote store do not appear at once.
                 return {} if self.local and self.path(ref).exists() else None
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError, IsADirectoryError):
+            except (ValueError, RecursionError, IsADirectoryError):
                 return {}
             except OSError as error:
                 if error.errno != errno.EIO:
@@ -159,8 +190,14 @@ class Store:
             file = self.path(ref) / META
             yield f"{file} is {'not the file that was written' if file.exists() else 'missing'}"
             return
+        folder = self.path(ref)
+        if self.local:
+            yield from (f"{f} is a symbolic link" for f in Path(folder).rglob("*") if f.is_symlink())
         for name, expected in meta["files"].items():
-            file = self.path(ref) / name
+            file = folder / name
+            if not FILE.fullmatch(name) or ".." in name.split("/"):
+                yield f"{name[:100]!r} in {META} leads out of it"
+                continue
             wrong = ""
             with told(f"{file} cannot be read", str(self.root)):
                 try:
@@ -193,12 +230,23 @@ class Store:
             raise DamagedArtifactError(
                 f"{ref.kind}/{ref.key}: {damage or 'not in the store'}. Run the recipe again: it will be made anew."
             )
-        flat = {p: np.empty(shape, dtype) for p, (shape, dtype) in meta["arrays"].items()}
-        target = nest({p: array for p, array in flat.items() if array.size})
-        if not target:
-            return nest(flat), meta
-        with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(self.path(ref) / ARRAYS, args=ocp.args.StandardRestore(target))
+        try:
+            sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in meta["arrays"].values()]
+            stored = sum((self.path(ref) / name).stat().length for name in meta["files"])
+            check_unpacked(sum(sizes), stored, ratio=SPARSE_RATIO)
+            flat = {p: np.empty(shape, dtype) for p, (shape, dtype) in meta["arrays"].items()}
+            target = nest({p: array for p, array in flat.items() if array.size})
+            if not target:
+                return nest(flat), meta
+            with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                found = checkpointer.restore(self.path(ref) / ARRAYS, args=ocp.args.StandardRestore(target))
+        except Exception as error:  # what Orbax raises where arrays are not as meta says; we write no such artifacts
+            if isinstance(error, OSError) or not self.local:  # a disk or a network that may come back
+                raise
+            raise DamagedArtifactError(
+                f"{ref.kind}/{ref.key}: its arrays cannot be read ({type(error).__name__}: {error}). Remove its folder "
+                "and run the recipe again: it will be made anew."
+            ) from error
         return nest(flat | leaves_by_path(found)), meta
 
     def write(
@@ -294,8 +342,9 @@ class Store:
             yield
             return
         with told(f"{ref.kind}/{ref.key} cannot be begun", str(self.root)):
-            self.make(self.root / ref.kind)
-            path = Path(self.root) / ref.kind / f".{ref.key}.lock"
+            folder = self.path(ref).parent
+            self.make(folder)
+            path = Path(folder) / f".{ref.key}.lock"
             while (file := locked(path, wait=False)) is None:
                 waiting()
                 time.sleep(LOCK_POLL)
@@ -348,29 +397,34 @@ class Store:
 
     def record_path(self, name: str) -> epath.Path:
         """Where the record of a run lies."""
-        return self.root / "runs" / name / "run.json"
+        check_run_name(name)
+        return self._below("runs", name) / "run.json"
 
     def record(self, name: str) -> dict[str, Any]:
         """The record of a run."""
-        path = self.record_path(name)
-        if not path.exists():
+        if not is_run_name(name) or not (path := self.record_path(name)).exists():
             known = self.runs()
             raise UserMistake(
-                f"no run {name!r} in {self.root}{did_you_mean(name, known)} (runs: {', '.join(known) or 'none'})"
+                f"no run {name[:100]!r} in {self.root}{did_you_mean(name, known)} (runs: {', '.join(known) or 'none'})"
             )
+        mend = "Run the recipe again: what it computed is there."
         try:
-            return json.loads(path.read_text())
-        except ValueError:
-            raise DamagedArtifactError(
-                f"{path}, the record of run {name!r}, is not JSON. Run the recipe again: what it computed is there."
-            ) from None
+            record = printable(json.loads(path.read_text()))
+        except (ValueError, RecursionError):
+            raise DamagedArtifactError(f"{path}, the record of run {name!r}, is not JSON. {mend}") from None
+        if why := why_no_record(record):
+            raise DamagedArtifactError(f"{path}, the record of run {name!r}, is not one: {why}. {mend}")
+        return record
 
     def runs(self) -> list[str]:
         """The names of all runs, the latest last."""
         folder = self.root / "runs"
         if not folder.exists():
             return []
-        records = [p / "run.json" for p in folder.iterdir() if (p / "run.json").exists()]
+        if self.local and os.path.islink(folder):
+            return []
+        named = [p for p in folder.iterdir() if is_run_name(p.name) and not (self.local and os.path.islink(p))]
+        records = [p / "run.json" for p in named if (p / "run.json").exists()]
         return [r.parent.name for r in sorted(records, key=age)]
 
     def write_record(self, record: Mapping[str, Any]) -> epath.Path:
@@ -381,7 +435,7 @@ class Store:
             with (locked(Path(path.parent) / ".lock") if self.local else None) or contextlib.nullcontext():
                 others = [age(self.record_path(name)) for name in self.runs()]
                 if path.exists():
-                    history = path.parent / "history"
+                    history = self._below("runs", record["name"], "history")
                     history.mkdir(parents=True, exist_ok=True)
                     last = max((int(p.stem) for p in history.iterdir() if p.stem.isdigit()), default=0)
                     text = path.read_text()
@@ -396,6 +450,17 @@ class Store:
 def age(record: epath.Path) -> tuple[float, str]:
     """What orders records: when it was written, then by name."""
     return record.stat().mtime, record.parent.name
+
+
+def write_anew(path: epath.Path, data: bytes) -> None:
+    """Writes a file by one rename: a symbolic link that stood there is replaced, and nothing behind it touched."""
+    aside = path.parent / f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    finally:
+        if aside.exists():
+            aside.unlink()
 
 
 class Steps:
@@ -468,6 +533,22 @@ def _digest_of(meta: Mapping[str, Any]) -> str:
 
 def _text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, allow_nan=False)
+
+
+def _is_meta(meta: Any) -> bool:
+    """Whether it is what `write` writes, as far as its parts are used here."""
+    try:
+        return (
+            meta["digest"] == _digest_of(meta)
+            and all(isinstance(sha, str) for sha in meta["files"].values())
+            and all(
+                isinstance(dtype, str) and all(type(d) is int and d >= 0 for d in shape)
+                for shape, dtype in meta["arrays"].values()
+            )
+            and all(isinstance(meta.get(part, {}), dict) for part in ("call", "metrics", "facts"))
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return False
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,6 +37,14 @@ SetOption = Annotated[
     ),
 ]
 RunArgument = Annotated[str, typer.Argument(help="Name of a run, as `prune-jax runs` lists it.", show_default=False)]
+PluginsOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-plugins",
+        envvar="PRUNE_JAX_NO_PLUGINS",
+        help="Refuses module:object and what other packages register, before any of it is imported.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout; everything else goes to stderr.")]
 
 
@@ -56,10 +64,12 @@ def run(
     runner: Annotated[
         str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
     ] = "threads",
+    no_plugins: PluginsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Runs a recipe through Prefect; what is already in the store is not computed again."""
     _quiet()
+    _find_code(no_plugins)
     from rich.console import Console
 
     from prune_jax.console import Board
@@ -72,7 +82,7 @@ def run(
         board.waiting("checking the recipe, starting Prefect")
         listeners.set(Listeners(board.hear, board.finished))
         signal.signal(signal.SIGINT, lambda *_: board.interrupt())
-        record = launch(recipe, store=store, name=name, changes=set_ or (), runner=runner)
+        record = launch(recipe, store=store, name=name, changes=set_ or (), runner=runner, no_plugins=no_plugins)
     if record["results"]:
         console.print(results_rich(record))
     _close(console, record, store)
@@ -105,7 +115,11 @@ def _store_option(store: str) -> str:
 
 @app.command(epilog="Example:\n\n  prune-jax plan lenet-300-100 --set stages.prune.target.sparsity=0.95")
 def plan(
-    recipe: RecipeArgument, set_: SetOption = None, store: StoreOption = "artifacts", as_json: JsonOption = False
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    store: StoreOption = "artifacts",
+    no_plugins: PluginsOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Shows what a run would do: each stage, its key, whether it is cached, and why it must run again."""
     from rich.console import Console
@@ -114,9 +128,12 @@ def plan(
     from prune_jax.forecast import forecast, forecast_table
     from prune_jax.preparation import prepare
     from prune_jax.recipe import read_recipe
+    from prune_jax.registry import without_plugins
 
-    wanted = read_recipe(recipe, changes=set_ or ())
-    rows = forecast(prepare(wanted), Store(store))
+    _find_code(no_plugins)
+    with without_plugins(no_plugins):
+        wanted = read_recipe(recipe, changes=set_ or ())
+        rows = forecast(prepare(wanted), Store(store))
     if as_json:
         sys.stdout.write(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
     else:
@@ -190,6 +207,7 @@ def runs(store: StoreOption = "artifacts", as_json: JsonOption = False) -> None:
     from rich.table import Table
 
     from prune_jax.checkpoints import Store
+    from prune_jax.report import reading
 
     artifacts = Store(store)
     records = [artifacts.record(name) for name in artifacts.runs()]
@@ -198,9 +216,9 @@ def runs(store: StoreOption = "artifacts", as_json: JsonOption = False) -> None:
         return
     table = Table("run", "started", "status", "seconds", "outcome", box=None, pad_edge=False)
     for record in records:
-        table.add_row(
-            record["name"], record["started"], record["status"], f"{record['seconds']:.1f}", _escaped(record["message"])
-        )
+        with reading(f"run {record['name']!r}"):
+            words = [_escaped(record[word]) for word in ("name", "started", "status", "message")]
+            table.add_row(*words[:3], f"{record['seconds']:.1f}", words[3])
     Console().print(table if records else f"no runs in {store}")
 
 
@@ -211,6 +229,7 @@ def show(name: RunArgument, store: StoreOption = "artifacts", as_json: JsonOptio
 
     from prune_jax.checkpoints import Store
     from prune_jax.console import stages_table
+    from prune_jax.report import reading
     from prune_jax.report.tables import results_rich
 
     record = Store(store).record(name)
@@ -218,10 +237,11 @@ def show(name: RunArgument, store: StoreOption = "artifacts", as_json: JsonOptio
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
         return
     console = Console()
-    console.print(stages_table(record))
-    if record["results"]:
-        console.print(results_rich(record))
-    console.print(f"{_escaped(record['message'])}", highlight=False)
+    with reading(f"run {name!r}"):
+        console.print(stages_table(record))
+        if record["results"]:
+            console.print(results_rich(record))
+        console.print(f"{_escaped(record['message'])}", highlight=False)
 
 
 @app.command(epilog="Example:\n\n  prune-jax predict lenet-5-compact digits.npz -o answers.npz")
@@ -340,21 +360,25 @@ def compare(
     from rich.console import Console
 
     from prune_jax.checkpoints import Store
-    from prune_jax.report import write_comparison
+    from prune_jax.report import reading, write_comparison
     from prune_jax.report.comparison import comparison_rich, merged, panels_of
     from prune_jax.report.tables import primary_metric
 
     artifacts, console = Store(store), Console()
-    record = merged([artifacts.record(name) for name in dict.fromkeys(names)])
-    panels, metric = panels_of(record, least=1), primary_metric(record)
+    records = [artifacts.record(name) for name in dict.fromkeys(names)]
+    with reading(f"{', '.join(names)}"):
+        record = merged(records)
+        panels, metric = panels_of(record, least=1), primary_metric(record)
     if not panels:
         raise UserMistake(
             f"{', '.join(names)}: no pruned network was evaluated beside a dense one; see `prune-jax show`"
         )
-    for panel in panels:
-        console.print(comparison_rich(panel, metric, panel.known(against)))
+    with reading(f"{', '.join(names)}"):
+        for panel in panels:
+            console.print(comparison_rich(panel, metric, panel.known(against)))
     path = output or artifacts.record_path(names[0]).parent / "comparison.png"
-    write_comparison(panels, metric, path)
+    with reading(f"{', '.join(names)}"):
+        write_comparison(panels, metric, path)
     sys.stdout.write(f"{path}\n")
 
 
@@ -362,6 +386,12 @@ def _escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def _find_code(no_plugins: bool) -> None:
+    """Has `my_pkg.nets:Net` found where the user stands; last of all, so that no file there takes a package's place."""
+    if not no_plugins:
+        sys.path.append(str(Path.cwd()))
 
 
 def _quiet() -> None:
@@ -381,7 +411,9 @@ def main() -> NoReturn:
     """Runs the command line. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130 interrupted."""
     gc.set_threshold(50_000)  # what imports make stays: a fifth of their time went into looking for garbage in it
     atexit.register(gc.freeze)  # and most of a second at the end
-    sys.path.insert(0, str(Path.cwd()))  # so that `my_pkg.nets:Net` is found where the user stands
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be what no encoding holds
     try:
         app(standalone_mode=True)
     except UserMistake as mistake:

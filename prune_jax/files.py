@@ -38,7 +38,8 @@ def locked(path: Path, *, wait: bool = True) -> IO[str] | None:
     """The file, locked until it is closed; None where another holds it and we do not wait."""
     import fcntl
 
-    file = open(path, "a")
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link would open, and create, what it leads to
+    file = open(os.open(path, flags, 0o666), "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException as error:

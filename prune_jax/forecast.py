@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prune_jax.checkpoints import Store
+from prune_jax.errors import DamagedArtifactError
 from prune_jax.plan import Plan
 from prune_jax.recipe import Ref, StageCall, StageResult
 from prune_jax.rounds import prune_rounds
@@ -78,13 +80,16 @@ class _Hopeful(dict):
 def _last_of_same_name(plan: Plan, store: Store) -> dict[str, StageCall]:
     """The stages of the last run of this recipe's name, as they were called."""
     name = plan.recipe.name
-    if not store.record_path(name).exists():
+    try:
+        stages = store.record(name).get("stages", {}) if store.record_path(name).exists() else {}
+    except DamagedArtifactError:  # it is only asked what changed since
         return {}
     found = {}
-    for stage, entry in store.record(name)["stages"].items():
+    for stage, entry in stages.items():
         meta = store.meta(Ref(entry["kind"], entry["key"]))
         if meta and "call" in meta:
-            found[stage] = StageCall.model_validate(meta["call"])
+            with contextlib.suppress(ValueError):  # another version's
+                found[stage] = StageCall.model_validate(meta["call"])
     return found
 
 

@@ -14,6 +14,7 @@ from prune_jax.plan import Plan
 from prune_jax.preparation import check_networks, is_cached, prepare
 from prune_jax.recipe import Recipe, StageResult, check_run_name, read_recipe
 from prune_jax.records import Run
+from prune_jax.registry import without_plugins
 
 RUNNERS = ("threads", "local")
 
@@ -25,6 +26,7 @@ def run(
     name: str | None = None,
     changes: Iterable[str] = (),
     runner: str = "threads",
+    no_plugins: bool = False,
 ) -> dict[str, Any]:
     """Runs a recipe's stages through Prefect and answers the run record.
 
@@ -37,6 +39,7 @@ def run(
         name: the run's name; left out, the recipe's.
         changes: `"stages.train.epochs=3"`: set before the recipe is checked.
         runner: `threads` runs independent branches side by side, `local` one stage at a time.
+        no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
 
     Returns:
         The run record: stages with status and seconds, results of each evaluated network. A failed stage is in it too:
@@ -45,6 +48,18 @@ def run(
     Raises:
         UserMistake: the recipe is wrong; nothing was written.
     """
+    with without_plugins(no_plugins):
+        return _run(recipe, store=store, name=name, changes=changes, runner=runner)
+
+
+def _run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    store: str | os.PathLike[str],
+    name: str | None,
+    changes: Iterable[str],
+    runner: str,
+) -> dict[str, Any]:
     wanted = read_recipe(recipe, changes=changes)
     name = name or wanted.name
     check_run_name(name)

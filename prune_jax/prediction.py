@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from prune_jax.archives import read_archive
 from prune_jax.checkpoints import Store
 from prune_jax.errors import DamagedArtifactError, UserMistake
 from prune_jax.export import EXTENSIONS, load_stablehlo
@@ -40,7 +38,7 @@ def predict(store: Store, run: str, inputs: Mapping[str, np.ndarray], *, stage: 
 
 
 def _exported(store: Store, run: str, stage: str | None) -> bytes:
-    stages = store.record(run)["stages"]
+    stages = store.record(run).get("stages", {})
     exports = {n: s for n, s in stages.items() if s["kind"] == "export" and "stablehlo" in s.get("metrics", {})}
     if stage is not None and stage not in exports:
         raise UserMistake(f"run {run!r} has no export {stage!r} as StableHLO (exports: {', '.join(exports) or 'none'})")
@@ -59,11 +57,10 @@ def _exported(store: Store, run: str, stage: str | None) -> bytes:
 def read_inputs(path: str) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` file; a single one counts as `x`, whatever its name."""
     try:
-        with np.load(Path(path), allow_pickle=False) as file:
-            arrays: dict[str, Any] = {name: file[name] for name in file.files}
+        arrays = read_archive(path)
     except FileNotFoundError:
         raise UserMistake(f"{path}: there is no such file") from None
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
+    except (UserMistake, OSError, ValueError) as error:  # ValueError: what no path can hold
         raise UserMistake(f"{path}: is no .npz file of plain arrays ({error})") from None
     if len(arrays) == 1:
         return {"x": next(iter(arrays.values()))}

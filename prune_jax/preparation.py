@@ -10,7 +10,19 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError, UserMistake, did_you_mean
 from prune_jax.plan import Plan, expand, make_plan
 from prune_jax.problems import code_of, data_of
-from prune_jax.recipe import CustomMethod, Problem, Prune, Recipe, Recovery, Rewind, Sparsify, StageCall, parents_of
+from prune_jax.recipe import (
+    CustomMethod,
+    CustomModel,
+    Problem,
+    Prune,
+    Recipe,
+    Recovery,
+    Rewind,
+    Sparsify,
+    StageCall,
+    parents_of,
+)
+from prune_jax.registry import check_plugin
 from prune_jax.rounds import is_sound
 
 
@@ -67,6 +79,9 @@ def _at(recipe: str, path: str, value: Any) -> Iterator[None]:
 
 
 def _check_names(recipe: Recipe) -> None:
+    if isinstance(recipe.model, CustomModel):
+        with _at(recipe.name, "model.kind", recipe.model.kind):
+            check_plugin(recipe.model.kind)
     from prune_jax.criteria import find
     from prune_jax.datasets import check_labels
     from prune_jax.granularity import check_granularity

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +20,7 @@ from prune_jax.datasets import Dataset, GrainSplit, Split, load
 from prune_jax.errors import UserMistake
 from prune_jax.recipe import Data, Problem, Prune, Recipe, Score
 from prune_jax.recipe.sparsify import Gradual
+from prune_jax.registry import load_module
 from prune_jax.sparse_training import find as find_method
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def dataset_of(problem: Problem) -> Dataset:
 def data_of(data: Data, fold: tuple[int, int] | None = None) -> Dataset:
     """What a recipe's `data` names."""
     args = json.dumps(data.args, sort_keys=True)
-    stamp = Path(data.path).stat().st_mtime_ns if data.path and Path(data.path).exists() else 0
+    stamp = os.stat(data.path).st_mtime_ns if data.path and os.path.exists(data.path) else 0
     code = _code_digest(data.source) if ":" in data.source else ""
     return _load(data.source, data.path, args, data.validation, fold, (stamp, code))
 
@@ -127,7 +128,7 @@ def code_of(recipe: Recipe) -> dict[str, str]:
 
 def _code_digest(reference: str) -> str:
     try:
-        return _file_digest(importlib.import_module(reference.partition(":")[0]))
+        return _file_digest(load_module(reference))
     except Exception:
         return ""  # what uses it will say so, with its place in the recipe
 

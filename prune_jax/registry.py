@@ -1,15 +1,53 @@
-"""Name -> entry. Unknown names are answered with near ones; plug-ins register through entry points."""
+"""Name -> entry. Unknown names are answered with near ones; plug-ins register through entry points.
+
+The one room that imports the code of others, which a user may switch off.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from prune_jax.errors import UserMistake, did_you_mean
 
 T = TypeVar("T")
+
+
+SWITCH = "PRUNE_JAX_NO_PLUGINS"
+
+
+def plugins_allowed() -> bool:
+    """Whether the code of others may be imported: unless the environment says `PRUNE_JAX_NO_PLUGINS=1`."""
+    return os.environ.get(SWITCH, "").lower() in {"", "0", "false", "no", "off"}
+
+
+@contextmanager
+def without_plugins(wanted: bool = True) -> Iterator[None]:
+    """Switches the code of others off, in this process and in those that it starts; if it is wanted."""
+    before = os.environ.get(SWITCH)
+    if wanted:
+        os.environ[SWITCH] = "1"
+    try:
+        yield
+    finally:
+        if wanted and before is None:
+            del os.environ[SWITCH]
+        elif wanted and before is not None:
+            os.environ[SWITCH] = before
+
+
+def check_plugin(name: str) -> None:
+    """Refuses the code of others where it is switched off."""
+    if not plugins_allowed():
+        raise UserMistake(
+            f"{name!r} is code beside prune_jax's own, and such is switched off; use what is built in, or leave out "
+            f"--no-plugins (and {SWITCH})"
+        )
 
 
 class Registry(Generic[T]):
@@ -34,6 +72,8 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """All names, ours first, then those of installed plug-ins."""
+        if not plugins_allowed():
+            return tuple(self._entries)
         plugins = (p.name for p in entry_points(group=self._group) if p.name not in self._entries)
         return (*self._entries, *plugins)
 
@@ -48,6 +88,7 @@ class Registry(Generic[T]):
         if name not in self._entries:
             for plugin in entry_points(group=self._group):
                 if plugin.name == name:
+                    check_plugin(name)
                     self._entries.setdefault(name, self._loaded(plugin))  # loading may have registered it already
                     break
             else:
@@ -72,6 +113,12 @@ class Registry(Generic[T]):
             ) from error
 
 
+def load_module(reference: str) -> ModuleType:
+    """Imports the module that `"package.module:object"` names, if the code of others is not switched off."""
+    check_plugin(reference)
+    return importlib.import_module(reference.partition(":")[0])
+
+
 def load_object(reference: str) -> Any:
     """Imports what `"package.module:object"` names.
 
@@ -82,7 +129,7 @@ def load_object(reference: str) -> Any:
     if not module_name or not attribute:
         raise UserMistake(f"{reference!r} is not of the form 'package.module:object'.")
     try:
-        module = importlib.import_module(module_name)
+        module = load_module(reference)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if missing != module_name and not module_name.startswith(missing + "."):

@@ -354,7 +354,7 @@ MISTAKES = {
         ("line", {"args": {"slop": 2}}),
         "data 'line': 'slop' is not an argument; did you mean 'slope'? (accepted: points, slope, noise, distractors, seed)",  # noqa: E501
     ),
-    "points": (("xor", {"args": {"points": 0}}), "data 'xor': points = 0: must be a positive integer"),
+    "points": (("xor", {"args": {"points": 0}}), "data 'xor': points = 0: must be an integer from 1 to 10,000,000"),
     "noise": (("line", {"args": {"noise": -1}}), "noise = -1: must be a number, at least 0"),
     "seed": (("line", {"args": {"seed": -1}}), "seed = -1: must be an integer from 0 to 2**32 - 1"),
     "context": (("pydoc", {"args": {"context": 0}}), "context = 0: must be a positive integer"),

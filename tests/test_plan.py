@@ -12,7 +12,7 @@ from prune_jax import plan as planning
 from prune_jax.objectives import objective
 from prune_jax.plan import make_plan
 from prune_jax.problems import code_of, data_of
-from prune_jax.recipe import read_recipe, with_value
+from prune_jax.recipe import built_in, digest, read_recipe, with_value
 
 TRAIN = {"kind": "train", "epochs": 2}
 PRUNE = {"kind": "prune", "criterion": "taylor", "target": {"sparsity": 0.5}}
@@ -59,6 +59,47 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_keys(name):
     assert keys(name) == GOLDEN[name]
+
+
+# The same in short for every built-in recipe: the digest of its keys by stage.
+IN_SHORT = {
+    "autoencoder": "ef51d3d3feb06984d0c9",
+    "comparison": "f83d55cbe08c1691b428",
+    "controls": "dabfd88a75eea37cd83d",
+    "controls-lenet-5": "cb700c13ff1c555c32d7",
+    "controls-resnet-20": "9aaa54f2fa95ad3b42cd",
+    "controls-transformer": "cfeb3f691b74f0948ad2",
+    "criteria": "f3d0ba2fd4669048ef29",
+    "gru-vowels": "358cdd7e213ce44576ca",
+    "lenet-300-100": "bea4892c81968ab9cdec",
+    "lenet-5": "be2b4061e217e05e1e00",
+    "lenet-5-compact": "39afc961272519258224",
+    "line": "294fa7a7fad4cecdc8c8",
+    "lottery-ticket": "a4e7b79d56473f4a4362",
+    "mlp-l1": "304fe42bf5a0158eed65",
+    "neurons": "bbff1ebe8cd28de10186",
+    "projection": "60b044c0d3577872a926",
+    "recovery": "23db1a8f58ddf4e9ec2d",
+    "resnet-8": "906a837d183a822daf86",
+    "sensitivities": "f349a816286b96c77376",
+    "threshold-search": "c3afbccfd63beed659db",
+    "transformer-vowels": "a103bae35770147ddcf0",
+    "xor": "0a75369b0a917fd670b7",
+}
+LARGE = {
+    "comparison",
+    "controls",
+    "controls-lenet-5",
+    "controls-resnet-20",
+    "controls-transformer",
+    "criteria",
+    "recovery",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in built_in()])
+def test_golden_keys_of_all_recipes(name):
+    assert digest(keys(name))[:20] == IN_SHORT[name]
 
 
 @pytest.mark.parametrize(

@@ -518,7 +518,10 @@ YAML_ERRORS = [
     ("a: [1, 2\nb: 3\n", ":2:2: not YAML: expected ',' or ']', but got ':'"),
     ("\t- a", r":1:1: not YAML: found character '\t' that cannot start any token"),
     ("a: b: c", ":1:5: not YAML: mapping values are not allowed here"),
-    ("a: !!python/object/apply:os.system ['ls']", ":1:4: not YAML: could not determine a constructor for the tag"),
+    (
+        "a: !!python/object/apply:os.system ['ls']",
+        ":1:4: not YAML: the tag 'tag:yaml.org,2002:python/object/apply:os.system' has no place in a recipe",
+    ),
     ("- a\n", ": a recipe is a mapping of name, data, model and stages; this is of type list"),
     ("just text", ": a recipe is a mapping of name, data, model and stages; this is of type str"),
     ("", ": a recipe is a mapping of name, data, model and stages"),

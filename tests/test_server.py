@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -67,6 +68,14 @@ def _answers(port: int) -> bool:
         return False
 
 
+def _listens_at(port: int) -> set[str]:
+    """The addresses at which somebody of this machine waits for connections to a port."""
+    lines = [
+        line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()[1:]
+    ]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and int(line[1].split(":")[1], 16) == port}
+
+
 def test_a_url_makes_a_server_configured(home):
     assert not server.configured()
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
@@ -79,6 +88,7 @@ def test_one_server_serves_all_runs_of_a_process_and_another_one_those_after_its
     with server.in_use(first):
         assert PREFECT_API_URL.value() == f"http://127.0.0.1:{first.port}/api"
         assert not PREFECT_UI_URL.value()
+        assert _listens_at(first.port) == {"0100007F"}  # 127.0.0.1 alone, as the kernel writes it
         with get_client(sync_client=True) as client:
             assert client.api_healthcheck() is None
     assert not server.configured()

@@ -127,6 +127,8 @@ def _array(value: Any, name: str, where: str) -> np.ndarray:
             f"{where}: array {name!r} is of dtype {array.dtype}; only floats and integers are read "
             "(rows of unequal length must be padded, with their lengths in len_train and len_test)"
         )
+    if array.ndim == 0:
+        raise UserMistake(f"{where}: array {name!r} is one number, but must be [samples, ...]")
     if array.size == 0:
         raise UserMistake(f"{where}: array {name!r} is empty, {list(array.shape)}")
     return array

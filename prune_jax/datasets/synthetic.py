@@ -8,6 +8,8 @@ import numpy as np
 
 from prune_jax.errors import UserMistake
 
+MOST = 10**7  # numbers that are made up
+
 
 def line(
     *, points: int = 100, slope: float = 3.0, noise: float = 0.1, distractors: int = 0, seed: int = 0
@@ -22,8 +24,10 @@ def line(
         seed: of the points.
     """
     random = _random(points, noise, seed)
-    if distractors < 0:
-        raise UserMistake(f"distractors = {distractors}: must be 0 or more")
+    if not isinstance(distractors, int) or not 0 <= distractors < MOST // points:
+        raise UserMistake(
+            f"distractors = {distractors!r}: must be an integer, at least 0, and make at most {MOST:,} numbers"
+        )
     arrays: dict[str, Any] = {"note": f"y = {slope} x + noise, made up"}
     for split in ("train", "test"):
         x = random.uniform(-1, 1, (points, 1 + distractors))
@@ -49,8 +53,8 @@ def xor(*, points: int = 400, noise: float = 0.1, seed: int = 0) -> dict[str, An
 
 
 def _random(points: int, noise: float, seed: int) -> np.random.RandomState:
-    if not isinstance(points, int) or points < 1:
-        raise UserMistake(f"points = {points!r}: must be a positive integer")
+    if not isinstance(points, int) or not 1 <= points <= MOST:
+        raise UserMistake(f"points = {points!r}: must be an integer from 1 to {MOST:,}")
     if not isinstance(noise, int | float) or not 0 <= noise < np.inf:
         raise UserMistake(f"noise = {noise!r}: must be a number, at least 0")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:

@@ -60,7 +60,7 @@ def load_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]
         arrays = {n: np.frombuffer(e["data"], jnp.dtype(TYPES[e["dtype"]])).reshape(e["shape"]) for n, e in found}
     except (safetensors.SafetensorError, ValueError) as error:
         refuse(str(error))
-    return arrays, header.get("__metadata__", {})
+    return arrays, header.get("__metadata__") or {}
 
 
 def refuse(what: str) -> NoReturn:

@@ -1,7 +1,7 @@
 """What is wanted: frozen models of recipes, read once, at the edge."""
 
 from prune_jax.recipe.calls import Problem, Ref, StageCall, StageResult, Status, digest
-from prune_jax.recipe.model import BUILT_IN_MODELS
+from prune_jax.recipe.model import BUILT_IN_MODELS, CustomModel
 from prune_jax.recipe.parts import (
     Data,
     Frozen,
@@ -15,7 +15,7 @@ from prune_jax.recipe.parts import (
     Target,
     Teaching,
 )
-from prune_jax.recipe.read import built_in, check_run_name, read_recipe, validate, with_value
+from prune_jax.recipe.read import built_in, check_run_name, is_run_name, read_recipe, validate, with_value
 from prune_jax.recipe.recipe import (
     EXPORTS,
     Distill,
@@ -29,6 +29,7 @@ from prune_jax.recipe.recipe import (
     Train,
     untargeted,
 )
+from prune_jax.recipe.record import printable, why_no_record
 from prune_jax.recipe.sparsify import BUILT_IN_METHODS, CustomMethod, Sparsify
 from prune_jax.recipe.wiring import NETWORKS, TUNED, parents_of
 
@@ -39,6 +40,7 @@ __all__ = [
     "NETWORKS",
     "TUNED",
     "CustomMethod",
+    "CustomModel",
     "Data",
     "Distill",
     "Evaluate",
@@ -68,9 +70,12 @@ __all__ = [
     "built_in",
     "check_run_name",
     "digest",
+    "is_run_name",
     "parents_of",
+    "printable",
     "read_recipe",
     "untargeted",
     "validate",
+    "why_no_record",
     "with_value",
 ]

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from prune_jax.errors import did_you_mean
-from prune_jax.recipe.parts import Fraction, Frozen, Width, mistake
+from prune_jax.recipe.parts import Arguments, Fraction, Frozen, Width, mistake
 
+MOST_LAYERS = 2000  # each is traced by itself: 1,202 are the most that He et al. trained
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 Activation = Literal["relu", "tanh", "sigmoid", "gelu"]
 OutputActivation = Literal["none", "relu", "tanh", "sigmoid", "gelu"]
 
@@ -50,7 +52,7 @@ class Resnet(Frozen):
     """The CIFAR residual network of depth 6n + 2 (He et al. 2016, arXiv:1512.03385)."""
 
     kind: Literal["resnet"]
-    depth: int = Field(default=20, ge=8)
+    depth: int = Field(default=20, ge=8, le=MOST_LAYERS)
     width: Width = 16
 
     @model_validator(mode="after")
@@ -79,7 +81,7 @@ class Rnn(Frozen):
     kind: Literal["rnn"]
     cell: Literal["gru", "lstm"] = "gru"
     width: Width = 64
-    layers: Width = 1
+    layers: Layers = 1
     vocab: int | None = Field(default=None, ge=1, description="number of tokens, for integer inputs")
     dropout: Fraction = 0.0
 
@@ -90,7 +92,7 @@ class Transformer(Frozen):
     kind: Literal["transformer"]
     dim: Width = 64
     heads: Width = 4
-    layers: Width = 2
+    layers: Layers = 2
     mlp_ratio: Width = 4
     vocab: int | None = Field(default=None, ge=1, description="number of tokens, for integer inputs")
     dropout: Fraction = 0.0
@@ -106,7 +108,7 @@ class CustomModel(Frozen):
     """A Flax NNX or Linen module, or a function that answers one: `my_pkg.nets:Net`."""
 
     kind: str = Field(description="module:object, or the name of an installed plug-in")
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -133,7 +135,7 @@ BUILT_IN_MODELS = {
 
 def _model_tag(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind in BUILT_IN_MODELS else "custom"
+    return kind if isinstance(kind, str) and kind in BUILT_IN_MODELS else "custom"
 
 
 Model = Annotated[

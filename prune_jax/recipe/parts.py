@@ -5,6 +5,8 @@ A discriminator (`kind`) never has a default: `exclude_defaults` would drop it f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -29,6 +31,24 @@ Width = Annotated[int, Field(ge=1)]
 def _ends(written: Any) -> Any:
     return (written,) if isinstance(written, str) else written
 
+
+def _plain(value: Any) -> Any:
+    """What a field that takes anything takes: what JSON can hold, so that a key can be made of it."""
+    if isinstance(value, Mapping):
+        if strange := [name for name in value if not isinstance(name, str)]:
+            raise ValueError(f"has the name {str(strange[0])[:60]}, which is no text; put it in quotes")
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"holds {value}; numbers are finite")
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"holds a value of type {type(value).__name__}; text, numbers, lists and mappings will do")
+    return value
+
+
+Plain = Annotated[Any, AfterValidator(_plain)]
+Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 Spare = Annotated[
     tuple[Literal["first", "last"], ...],
@@ -76,7 +96,7 @@ class Data(Frozen):
         examples=["mnist5k", "npz", "my_pkg:load"],
     )
     path: str | None = Field(default=None, description="the file, for `source: npz`")
-    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the source")
+    args: Arguments = Field(default_factory=dict, description="arguments of the source")
     validation: Fraction = Field(default=0.1, description="share of the training split held out for decisions")
     batch_size: int = Field(default=64, ge=1)
 
@@ -149,7 +169,7 @@ class Criterion(Frozen):
     """What makes a score."""
 
     name: str = Field(description="see `prune-jax methods`", examples=["magnitude", "taylor"])
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Arguments = Field(default_factory=dict)
     combine: Literal["sum", "mean", "l1", "l2", "max"] | None = Field(
         default=None, description="what is made of the scores of a unit's weights; left out, what the criterion says"
     )

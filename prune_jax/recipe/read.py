@@ -6,15 +6,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from pydantic import ValidationError
 
 from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.recipe.bounds import BYTES, DEPTH, PARTS
 from prune_jax.recipe.recipe import Recipe
 
 RECIPES = resources.files("prune_jax.recipes")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+DIGITS = 40  # of a number, as it is written
+DEVICES = ("CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10)))
 # What these fields take beside the words that they know.
 OTHER_FORMS = {"scope": "a table {pattern: sparsity}", "rewind": "{step: n}, {learning_rate: {step: n}}"}
 
@@ -40,7 +44,8 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, *, changes: Ite
             return source
         source = source.model_dump(mode="json", exclude_unset=True)
     if isinstance(source, Mapping):
-        label, raw = str(source.get("name", "recipe")), dict(source)
+        name = source.get("name")
+        label, raw = name if isinstance(name, str) and len(name) <= 100 else "recipe", dict(source)
     else:
         label, raw = _parse(str(source))
     for change in changes:
@@ -59,29 +64,31 @@ def validate(raw: Mapping[str, Any], label: str) -> Recipe:
 
 def check_run_name(name: str) -> None:
     """Refuses a run's name that could not be a folder's."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not _RUN_NAME.fullmatch(name):
         raise UserMistake(
-            f"name = {name!r}: a run's name has letters, digits, '.', '_' and '-', begins with a letter or a digit and "
-            "has at most 100 characters"
+            f"name = {name[:120]!r}: a run's name has letters, digits, '.', '_' and '-', begins with a letter or a "
+            "digit and has at most 100 characters"
         )
+    if not is_run_name(name):
+        raise UserMistake(f"name = {name!r}: Windows keeps this name for itself, or the '.' at its end; choose another")
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a folder can have this name anywhere, and lies below the folder that it is made in.
+
+    >>> is_run_name("lenet-5"), is_run_name("../lenet-5"), is_run_name("nul.txt")
+    (True, False, False)
+    """
+    return bool(_RUN_NAME.fullmatch(name)) and name[-1] != "." and name.partition(".")[0].upper() not in DEVICES
 
 
 def _parse(source: str) -> tuple[str, dict[str, Any]]:
     texts = built_in()
-    path = Path(source)
-    if source in texts:
-        text = texts[source]
-    elif path.is_file():
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise UserMistake(f"{source}: is no text; a recipe is YAML in UTF-8") from None
-    else:
-        raise UserMistake(
-            f"{source}: no such file and no built-in recipe{did_you_mean(source, texts)} (built in: {', '.join(texts)})"
-        )
+    text = texts[source] if source in texts else _text(source, texts)
     try:
         raw = yaml.load(text, _Loader)
+    except RecursionError:
+        raise UserMistake(f"{source}: is nested too deep for a recipe") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         at = f":{where.line + 1}:{where.column + 1}" if where else ""
@@ -93,14 +100,76 @@ def _parse(source: str) -> tuple[str, dict[str, Any]]:
     return source, raw
 
 
+def _text(source: str, texts: Iterable[str]) -> str:
+    try:
+        if not Path(source).is_file():
+            raise FileNotFoundError
+        with open(source, "rb") as file:
+            data = file.read(BYTES + 1)
+    except (FileNotFoundError, ValueError):  # ValueError: what no path can hold
+        raise UserMistake(
+            f"{source[:200]}: no such file and no built-in recipe{did_you_mean(source[:200], texts)} "
+            f"(built in: {', '.join(texts)})"
+        ) from None
+    except OSError as error:
+        raise UserMistake(f"{source[:200]}: cannot be read ({error.strerror})") from None
+    if len(data) > BYTES:
+        raise UserMistake(f"{source}: has more than {BYTES // 1024} KiB; a recipe is a page of YAML")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserMistake(f"{source}: is no text; a recipe is YAML in UTF-8") from None
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which would silently take the last of two fields of one name."""
+    """YAML's safe loader without tags and dates, bounded in depth and in what aliases stand for.
+
+    The safe loader itself would silently take the last of two fields of one name.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, form) for tag, form in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._depth = self._parts = 0
+        self._sizes: dict[int, int] = {}  # of a node, with all that stands in it
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event, before = self.peek_event(), self._parts
+        if getattr(event, "tag", None) is not None:
+            self._refuse(f"the tag {event.tag[:60]!r} has no place in a recipe", event.start_mark)
+        self._depth += 1
+        if self._depth > DEPTH:
+            self._refuse(f"this is nested more than {DEPTH} deep", event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                self._refuse(f"*{event.anchor} stands within what it names", event.start_mark)
+            self._parts += self._sizes[id(node)]
+        else:
+            self._parts += 1
+            self._sizes[id(node)] = self._parts - before
+        if self._parts > PARTS:
+            self._refuse(f"there are more than {PARTS:,} values; a recipe has dozens", event.start_mark)
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if node.tag.endswith((":int", ":float")) and len(node.value) > DIGITS:
+            self._refuse(f"a number of {len(node.value):,} characters", node.start_mark)
+        return super().construct_scalar(node)
+
+    def _refuse(self, what: str, mark: yaml.Mark) -> NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, what, mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:  # of a key that is a list, the text will do: it is refused later
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                self._refuse(f"{key.value!r} stands twice", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -110,11 +179,13 @@ def _with_change(raw: dict[str, Any], change: str) -> dict[str, Any]:
     if not equals or not path.strip():
         raise UserMistake(f"--set {change}: write path=value, such as --set stages.train.epochs=3")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserMistake(f"--set {change}: {text!r} is not a YAML value") from None
+        value = yaml.load(text[: BYTES + 1], _Loader)
+    except (yaml.YAMLError, RecursionError):
+        raise UserMistake(f"--set {_short(change)[1:-1]}: {_short(text)} is not a YAML value") from None
     steps = path.strip().split(".")
-    stages = [str(name) for name in raw.get("stages") or ()]
+    if len(steps) > DEPTH:
+        raise UserMistake(f"--set {_short(change)[1:-1]}: the path is more than {DEPTH} deep")
+    stages = [str(name) for name in raw["stages"]] if isinstance(raw.get("stages"), Mapping) else []
     if steps[0] == "stages" and len(steps) > 2 and steps[1] not in stages:
         raise UserMistake(
             f"--set {change}: there is no stage {steps[1]!r}{did_you_mean(steps[1], stages)} "
@@ -177,7 +248,10 @@ def _is_tag(part: Any, value: dict[str, Any]) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a number of too many digits
+        return "..."
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from prune_jax.notation import read_granularity
+from prune_jax.recipe.bounds import check_bounds, check_rows
 from prune_jax.recipe.model import Model
 from prune_jax.recipe.moments import check_moments
 from prune_jax.recipe.parts import (
@@ -20,6 +22,7 @@ from prune_jax.recipe.parts import (
     OneShot,
     Operation,
     Optimizer,
+    Plain,
     Recovery,
     RoundRecovery,
     Schedule,
@@ -32,7 +35,7 @@ from prune_jax.recipe.parts import (
 from prune_jax.recipe.sparsify import Sparsify
 from prune_jax.recipe.wiring import TUNED, check_wiring, parents_of
 
-Matrix = dict[str, Annotated[list[Any], Field(min_length=1)]]
+Matrix = dict[str, Annotated[list[Plain], Field(min_length=1)]]
 
 
 class Stage(Operation):
@@ -344,6 +347,13 @@ class Recipe(Frozen):
     stages: dict[Name, AnyStage] = Field(min_length=1)
     matrix: Matrix | None = Field(default=None, description="{dotted.path: [values]}: one recipe for each combination")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_more_than_a_recipe(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            check_bounds(data)
+        return data
+
     @field_validator("stages", mode="before")
     @classmethod
     def _stages_have_names(cls, stages: Any) -> Any:
@@ -369,6 +379,11 @@ class Recipe(Frozen):
                 message = f"{masked} has masked the network already; take one without masks, such as a train stage's"
                 raise mistake(f"{name}.sparsify", message)
         return stages
+
+    @model_validator(mode="after")
+    def _rows_can_be_planned(self) -> Recipe:
+        check_rows(stage.matrix or {} for stage in (self, *self.stages.values()))
+        return self
 
     @model_validator(mode="after")
     def _temperatures_have_softmaxes(self) -> Recipe:

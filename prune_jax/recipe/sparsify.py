@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from prune_jax.recipe.parts import Fraction, Frozen, Spare, mistake
+from prune_jax.recipe.parts import Fraction, Frozen, Plain, Spare, mistake
 
 Share = Annotated[float, Field(ge=0, le=1, description="a share of the training's steps")]
 Sparsity = Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights that is dead at the end")]
@@ -207,6 +207,7 @@ class CustomMethod(BaseModel):
     """A method of somebody else's: all beside `kind`, `exclude` and `spare` are options of its function."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Plain] = Field(init=False)
 
     kind: str = Field(description="module:object, or the name of a registered method, such as an installed plug-in's")
     exclude: Exclude = ()
@@ -231,7 +232,7 @@ BUILT_IN_METHODS: dict[str, type[Frozen]] = {
 
 def _method_tag(value: Any) -> str | None:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind is None or kind in BUILT_IN_METHODS else "custom"
+    return kind if kind is None or (isinstance(kind, str) and kind in BUILT_IN_METHODS) else "custom"
 
 
 Sparsify = Annotated[

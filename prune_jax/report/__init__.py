@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from prune_jax.errors import DamagedArtifactError, PruneError
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from etils import epath
 
     from prune_jax.checkpoints import Store
     from prune_jax.report.comparison import Panel
 
-__all__ = ["write_comparison", "write_report"]
+__all__ = ["reading", "write_comparison", "write_report"]
+
+
+@contextmanager
+def reading(names: str) -> Iterator[None]:
+    """Says of which runs the records are, where one has other figures than those that a run writes.
+
+    Raises:
+        DamagedArtifactError: in place of what reading them raised.
+    """
+    try:
+        yield
+    except PruneError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise DamagedArtifactError(
+            f"{names}: what is stored of it is not what this version of prune_jax writes ({type(error).__name__}: "
+            f"{error}). Run the recipe again: what it computed is there."
+        ) from error
 
 
 def write_report(store: Store, name: str) -> epath.Path:
@@ -28,10 +49,14 @@ def write_report(store: Store, name: str) -> epath.Path:
     Raises:
         UserMistake: there is no run of that name.
     """
+    from prune_jax.checkpoints import write_anew
     from prune_jax.report.page import page  # the tables are wanted without matplotlib, Jinja and Orbax
 
     path = store.record_path(name).parent / "report.html"
-    path.write_text(page(store, store.record(name)))
+    record = store.record(name)
+    with reading(f"run {name!r}"):
+        text = page(store, record)
+    write_anew(path, text.encode())
     return path
 
 
@@ -43,6 +68,7 @@ def write_comparison(panels: Sequence[Panel], metric: str, path: str | epath.Pat
     """
     from etils import epath
 
+    from prune_jax.checkpoints import write_anew
     from prune_jax.errors import UserMistake
     from prune_jax.report.charts import comparison_picture
 
@@ -53,7 +79,7 @@ def write_comparison(panels: Sequence[Panel], metric: str, path: str | epath.Pat
             f"--output {path}: a picture of kind {target.suffix or 'none'!r} (allowed: {', '.join(kinds)})"
         )
     try:
-        target.write_bytes(comparison_picture(panels, metric, target.suffix[1:]))
+        write_anew(target, comparison_picture(panels, metric, target.suffix[1:]))
     except OSError as error:
         raise UserMistake(
             f"--output {path}: cannot be written ({error.strerror}); name a file in a folder that is there"
