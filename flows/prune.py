@@ -140,9 +140,8 @@ def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None 
 
 def _unanswered(fault: Exception) -> PruneError:
     return PruneError(
-        f"Prefect's server at {PREFECT_API_URL.value()} does not answer ({type(fault).__name__}: {fault}). What "
-        "is done is kept. Start the server, or unset PREFECT_API_URL to run with a temporary one, and give the same "
-        "command again."
+        f"Prefect's server at {PREFECT_API_URL.value()} does not answer ({type(fault).__name__}: {fault}). What is "
+        "done is kept. Start the server, or unset PREFECT_API_URL to have a temporary one; the same command goes on."
     )
 
 

@@ -112,6 +112,7 @@ def _processes(raws: list[Any], store: Path, home: Path, whole: dict[str, str], 
     codes = Counter(process.wait(PATIENCE) for process in started)
     expected = {0: len(raws) - killed, **({-signal.SIGKILL: killed} if killed else {})}
     wrong = [f"exit codes {dict(codes)}"] if codes != expected else []
+    wrong += ["nobody was killed"] if kill and not killed else []
     said = "".join(p.read_text() for p in store.parent.glob(f"{store.name}-*/*.log"))
     wrong += ["`database is locked` was told to the user"] if "database is locked" in said else []
     return len(raws), wrong + judge(store, raws, whole, killed)
