@@ -330,6 +330,10 @@ def compact_run(store: Store, *, cut=True, evaluated=("train", "prune", "compact
     return "compact"
 
 
+def _key(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
 def controls_run() -> dict:
     """The record of a network cut to half beside its three controls."""
     place, by_chance = {"prune.target.sparsity": "0.5"}, {"by-chance.target.sparsity": "0.5"}
@@ -345,7 +349,7 @@ def controls_run() -> dict:
         f"cut-by-chance{theirs}": ("compact", (f"by-chance{theirs}",), by_chance),
         f"random{theirs}": ("finetune", (f"cut-by-chance{theirs}",), by_chance),
     }
-    stages = {n: stage(kind, n, n, after=after, row=row) for n, (kind, after, row) in wiring.items()}
+    stages = {n: stage(kind, _key(n), n, after=after, row=row) for n, (kind, after, row) in wiring.items()}
     of = {name: {"kind": name} for name in ("train", "cut", "cut-by-chance")}
     of |= {"prune": {"criterion": "taylor"}, "by-chance": {"criterion": {"name": "random"}}}
     of |= {"longer": {}, "finetuned": {}, "random": {}, "scratch": {"rewind": "initialisation"}}
@@ -357,7 +361,7 @@ def controls_run() -> dict:
             dense if kind in {"train", "prune"} or name == "longer" else small,
             None,
             kind=kind,
-            key=name,
+            key=_key(name),
             metric={"accuracy": accuracies[name], "loss": 0.1},
             row=row,
         )

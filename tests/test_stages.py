@@ -401,7 +401,7 @@ MODELS = {
 
 # What takes long to compile is scored by its weights alone and not trained on, or left to the slow tests.
 TRAINED_ON = ("mlp", "gru", "nnx", "linen", "autoencoder", "regression")
-SLOW = ("resnet", "gru", "lstm", "transformer", "tokens", "linen")
+SLOW = ("resnet", "gru", "lstm", "transformer", "tokens", "linen", "nnx", "autoencoder")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in MODELS])

@@ -423,7 +423,7 @@ def metas(times: int) -> Outcome:
             ):  # no attacker could write it
                 meta["digest"] = _digest_of(meta)
             try:
-                file.write_text(json.dumps(meta))
+                file.write_text(json.dumps(meta, indent=1))
             except (TypeError, ValueError, RecursionError):
                 return
             forecast(plan, store)
@@ -449,7 +449,7 @@ def files(times: int) -> Outcome:
             (home / name).write_bytes(data)
             files = meta["files"] | {name: hashlib.sha256(data).hexdigest()}
             told = meta | {"files": files}
-            (home / META).write_text(json.dumps(told | {"digest": _digest_of(told)}))
+            (home / META).write_text(json.dumps(told | {"digest": _digest_of(told)}, indent=1))
             try:
                 store.read(REF)
             finally:

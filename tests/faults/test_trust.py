@@ -100,7 +100,7 @@ def test_what_an_artifact_names_is_not_imported(tmp_path, monkeypatch, capsys):
                 "call": {"problem": {"model": {"kind": reference}}},
                 "model": reference,
             }
-            meta.write_text(json.dumps(told))
+            meta.write_text(json.dumps(told, indent=1))
             rewritten(meta.parent, "note", b"")
     store.write_record(record)
     (tmp_path / "file").write_text("mine")
