@@ -35,7 +35,12 @@ def run(name, store):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in built_in() if n != "criteria"]
+    "name",
+    [
+        pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow])
+        for n in built_in()
+        if n not in {"criteria", "comparison"}
+    ],
 )
 def test_a_recipe_gives_the_figures_at_its_head(name, store):
     expected = promised(built_in()[name])

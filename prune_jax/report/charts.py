@@ -176,7 +176,7 @@ def comparison_picture(panels: Sequence[Panel], metric: str, format: str) -> byt
             axes[0].set_title(panel.title, loc="left", weight="bold")
         handles = {h.get_label(): h for axes in rows[:, 0] for h in axes.get_legend_handles_labels()[0]}
         figure.legend(
-            handles=list(handles.values()), loc="outside lower center", ncols=min(9, len(handles)), frameon=False
+            handles=list(handles.values()), loc="outside lower center", ncols=min(6, len(handles)), frameon=False
         )
         file = io.BytesIO()
         figure.savefig(file, format=format, dpi=110)

@@ -77,7 +77,11 @@ def places(home: Path) -> Iterator[tuple[str, Any, Any]]:
     work, spare = Path(store.work(REF)), home / "spare"
     shutil.copytree(work, spare)
     for file in [f.relative_to(spare) for f in sorted(spare.rglob("*")) if f.is_file()]:
-        yield f"step checkpoint {file}", lambda data, file=file: _in_step(store, spare, file, data), lambda: _steps(store)
+        yield (
+            f"step checkpoint {file}",
+            lambda data, file=file: _in_step(store, spare, file, data),
+            lambda: _steps(store),
+        )
     shutil.rmtree(work, ignore_errors=True)
     record = Path(store.record_path(shown))
     for command in (cli.show, cli.report):
