@@ -127,7 +127,7 @@ class _Loader(yaml.SafeLoader):
     The safe loader itself would silently take the last of two fields of one name.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # type: ignore[misc]  # the stubs call it an instance's
         first: [(tag, form) for tag, form in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -162,7 +162,7 @@ class _Loader(yaml.SafeLoader):
             self._refuse(f"a number of {len(node.value):,} characters", node.start_mark)
         return super().construct_scalar(node)
 
-    def _refuse(self, what: str, mark: yaml.Mark) -> NoReturn:
+    def _refuse(self, what: str, mark: Any) -> NoReturn:
         raise yaml.constructor.ConstructorError(None, None, what, mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
