@@ -104,9 +104,9 @@ def _in_step(store: Store, spare: Path, file: Path, data: bytes) -> None:
     work = Path(store.work(REF))
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(spare, work)
-    (work / file).write_bytes(data)
-    if len(file.parts) > 1:
-        with contextlib.suppress(Exception), store.steps(REF) as steps:
+    with store.steps(REF) as steps:
+        (work / file).write_bytes(data)
+        if len(file.parts) > 1:  # else it is the digests themselves
             steps._digests(3).write_text(json.dumps(steps._files_of(3)))
 
 
@@ -132,7 +132,6 @@ def planted(times: int) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         home, mark = Path(folder), Path(folder) / "unpickled"
         for payload in payloads(mark):
-            pickle.loads(payload) if payload[:1] == b"\x80" else None
             for _, plant, read in places(home / hashlib.sha256(payload).hexdigest()[:8]):
                 if count == times:
                     break
