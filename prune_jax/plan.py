@@ -43,6 +43,7 @@ VERSIONS = {
     "export": 1,
     "evaluate": 2,
 }
+METHODS = {"static": 2, "set": 2, "rigl": 2}  # of training methods that answer otherwise than at first
 KEY_LENGTH = 20
 
 
@@ -57,6 +58,9 @@ class Plan:
 
 def key_of(kind: str, **content: Any) -> str:
     """The key of a stage: a digest of all that decides its result."""
+    method = content.get("settings", {}).get("sparsify", {}).get("kind")
+    if method in METHODS:
+        content["method"] = METHODS[method]
     return digest({"kind": kind, "version": VERSIONS[kind], **content})[:KEY_LENGTH]
 
 

@@ -26,7 +26,8 @@ LAST = TOP  # the key of what goes after every score
 LANES = 16  # sums of so many comparisons; XLA would write the comparisons of a plain sum to memory
 HALF = 1 << 15  # two sums that are less fit in one number
 INTERPOLATED = 6  # from so many passes on, ties or a strange distribution are at work, and bits are cut in thirds
-STRIDE = 127  # one value in so many is sampled; a prime, lest a sample see one column of a matrix
+STRIDES = (127, 509, 2039)  # one value in so many is sampled; primes, lest a sample see one column of a matrix
+SAMPLED = 1 << 16  # more values make a finer sample than any pass needs
 LARGE = 1 << 16  # fewer values are not worth a sample
 PAGE = 4096
 COMPARED = 16  # in groups of so many each is compared with each, twenty times faster than sorting fours on a CPU
@@ -47,9 +48,9 @@ class Line:
         tier = None if self.tier is None else jnp.ravel(self.tier)[positions]
         return Line(jnp.ravel(self.values)[positions], tier, self.magnitude)
 
-    def sample(self) -> Line:
-        """One in `STRIDE` of the values laid end to end, picked where they lie: shards stay where they are."""
-        places = jnp.unravel_index(jnp.arange(0, self.values.size, STRIDE), self.values.shape)
+    def sample(self, stride: int) -> Line:
+        """One in so many of the values laid end to end, picked where they lie: shards stay where they are."""
+        places = jnp.unravel_index(jnp.arange(0, self.values.size, stride), self.values.shape)
         tier = None if self.tier is None else self.tier.at[places].get(mode="promise_in_bounds")
         return Line(self.values.at[places].get(mode="promise_in_bounds"), tier, self.magnitude)
 
@@ -175,7 +176,8 @@ def _bracket(lines: Lines, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     size = sum(line.values.size for line in lines)
     if size < LARGE:
         return jnp.uint32(0), jnp.uint32(TOP)
-    sample = jnp.concatenate([_keys(line.sample()) for line in lines])
+    stride = next((s for s in STRIDES if size <= s * SAMPLED), STRIDES[-1])
+    sample = jnp.concatenate([_keys(line.sample(stride)) for line in lines])
     share = k.astype(jnp.float32) / size
     margin = 3 * jnp.sqrt(sample.size * share * (1 - share)) + 3
     ranks = share * sample.size + jnp.stack([-margin, margin])
@@ -204,11 +206,11 @@ def _cut(lines: Lines, k: jax.Array) -> Cut:
         return (high - low > 1) & (at_high != k)
 
     def aim(low: jax.Array, high: jax.Array, at_low: jax.Array, at_high: jax.Array) -> list[jax.Array]:
-        """Keys a deviation to each side of where the k-th should be, if those between spread evenly."""
+        """Keys half a deviation to each side of where the k-th should be, if those between spread evenly."""
         between = jnp.maximum(at_high - at_low, 1).astype(jnp.float32)
         wanted = (k - at_low).astype(jnp.float32)
-        deviation = jnp.sqrt(wanted * (1 - wanted / between))
-        shares = jnp.clip(jnp.stack([wanted - deviation, wanted + deviation]) / between, 0, 1)
+        half = jnp.sqrt(wanted * (1 - wanted / between)) / 2  # nearer or further takes more passes
+        shares = jnp.clip(jnp.stack([wanted - half, wanted + half]) / between, 0, 1)
         return list(low + (shares * (high - low).astype(jnp.float32)).astype(jnp.uint32))
 
     def narrow(state: tuple) -> tuple:
@@ -276,16 +278,14 @@ def all_but_lowest(
 def _all_but_lowest(lines: Lines, k: jax.Array) -> list[jax.Array]:
     cut = _cut(lines, k)
 
-    def positions() -> tuple[jax.Array, ...]:
-        ends, ties = [], cut.ties
+    def parted() -> list[jax.Array]:
+        masks, ties = [], cut.ties
         for line in lines:
             end, ties = _end_of_ties(line, cut.key, ties)
-            ends.append(end)
-        return tuple(ends)
+            masks.append(~_at_most(line, jnp.where(_places(line) < end, cut.key, cut.key - 1)))
+        return masks
 
-    ends = lax.cond(cut.whole, lambda: tuple(jnp.int32(line.values.size) for line in lines), positions)
-    cuts = [jnp.where(_places(line) < end, cut.key, cut.key - 1) for line, end in zip(lines, ends, strict=True)]
-    return [~_at_most(line, key) for line, key in zip(lines, cuts, strict=True)]
+    return lax.cond(cut.whole, lambda: [~_at_most(line, cut.key) for line in lines], parted)
 
 
 def _places(line: Line) -> jax.Array:

@@ -41,11 +41,14 @@ class Now(NamedTuple):
     """What a method may look at when it changes masks."""
 
     step: jax.Array  # [] int32
+    due: jax.Array  # [] bool: whether masks change
     masks: PyTree
-    params: PyTree  # under `masks`
-    given: PyTree  # as the step finds them
+    params: PyTree  # as the step finds them
     gradients: PyTree  # by all weights, also the dead ones
     key: jax.Array | None  # of this step
+
+
+Changed = tuple[PyTree, PyTree]  # masks; gradients, with zeros for what comes alive
 
 
 class Table(NamedTuple):
@@ -101,22 +104,20 @@ def changing(
     *,
     start: Callable[[PyTree], PyTree],
     due: Callable[[PyTree, jax.Array], jax.Array],
-    change: Callable[[Now], PyTree],
-    grows: bool = True,
+    change: Callable[[Now], Changed],
     key: jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `inner` in masks that change at some steps; between them it is `masked`.
 
     At a step that is due, masks are chosen from the weights as the step finds them; then `inner` takes its step with
-    the weights that stay alive. One that comes alive is zero after that step, as are its moments, and moves from the
-    next step on.
+    the weights that live now. One that comes alive is zero after that step, as are its moments: its gradient is taken
+    to be zero once.
 
     Args:
         inner: any optimizer.
         start: parameters -> masks.
         due: (masks, step) -> whether masks change; steps count from 0.
-        change: what masks become.
-        grows: whether weights may come alive; if not, a quiet step saves a copy of the masks.
+        change: what masks and gradients become; by `once`, so that they stay as they are unless `Now.due`.
         key: what random numbers are drawn from.
 
     Returns:
@@ -133,16 +134,9 @@ def changing(
         updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, SparseState]:
         params = needed(params)
-
-        def turn(known: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            before, _ = known
-            seen = apply_masks(params, before)
-            masks = change(Now(state.step, before, seen, params, updates, step_key(key, state)))
-            return masks, jax.tree.map(jnp.logical_and, masks, before) if grows else None
-
-        known = (state.masks, state.masks if grows else None)
-        masks, steady = once(due(state.masks, state.step), turn, known)
-        alive = masks_of(params, steady if grows else masks)
+        due_now = due(state.masks, state.step)
+        masks, updates = change(Now(state.step, due_now, state.masks, params, updates, step_key(key, state)))
+        alive = masks_of(params, masks)
         moments = masked_state(state.inner, params, alive)
         steps, moved = inner.update(apply_masks(updates, alive), moments, apply_masks(params, alive), **extra)
 
@@ -153,6 +147,16 @@ def changing(
         return jax.tree.map(step, paths, steps, params), SparseState(masks, moved, state.step + 1, state.key, None)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def grown(masks: PyTree, before: PyTree, gradients: PyTree) -> PyTree:
+    """Gradients with zeros for what comes alive."""
+    old, new = leaves_by_path(before), leaves_by_path(masks)
+
+    def rest(path: str, g: jax.Array) -> jax.Array:
+        return jnp.where(new[path] & ~old[path], jnp.zeros_like(g), g) if path in new else g
+
+    return map_by_path(rest, gradients)
 
 
 def once(due: jax.Array, turn: Callable[[T], T], value: T) -> T:

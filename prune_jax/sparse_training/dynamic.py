@@ -14,14 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jax import lax
+
 from prune_jax.allocation import Pool
 from prune_jax.errors import UserMistake
 from prune_jax.masks import choose
 from prune_jax.schedules import Levels
 from prune_jax.selection import all_but_lowest
-from prune_jax.sparse_training.changing import Now, changing, dense_masks, of_masked, table
+from prune_jax.sparse_training.changing import Changed, Now, changing, dense_masks, grown, once, table
 from prune_jax.sparse_training.entry import method
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
+
+PAGE, AT_ONCE = 4096, 16  # numbers are drawn in pages, so many pages at a time
 
 
 @method(
@@ -55,8 +59,7 @@ def static(
         inner,
         start=_random_start(sparsity, scope, key, prunable, exclude),
         due=lambda masks, step: jnp.zeros((), bool),
-        change=lambda now: now.masks,
-        grows=False,
+        change=lambda now: (now.masks, now.gradients),
     )
 
 
@@ -105,7 +108,7 @@ def sparse_evolution(
         inner,
         start=_random_start(sparsity, scope, key, prunable, exclude),
         due=_due(shares),
-        change=_move(shares, sparsity, scope, lambda now: _drawn(now.masks, now.key)),
+        change=_move(shares, sparsity, scope, lambda g, key: _drawn(key, g.shape)),
         key=key,
     )
 
@@ -154,16 +157,16 @@ def rigl(
         inner,
         start=_random_start(sparsity, scope, key, prunable, exclude),
         due=_due(shares),
-        change=_move(shares, sparsity, scope, lambda now: of_masked(now.gradients, now.masks)),
+        change=_move(shares, sparsity, scope, lambda g, key: g),
     )
 
 
-def _drawn(masks: PyTree, key: Any) -> PyTree:
-    """A number in [0, 1) for each weight that has a mask."""
-    leaves, structure = jax.tree.flatten(masks)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    drawn = [jax.random.uniform(k, mask.shape) for k, mask in zip(keys, leaves, strict=False)]
-    return jax.tree.unflatten(structure, drawn)
+def _drawn(key: Any, shape: tuple[int, ...]) -> jax.Array:
+    """A number of 16 bits for each weight, page by page: JAX's generator needs five times the memory that it fills."""
+    size = math.prod(shape)
+    keys = jax.random.split(key, -(-size // PAGE))
+    pages = lax.map(lambda k: jax.random.bits(k, (PAGE,), jnp.uint16), keys, batch_size=AT_ONCE)
+    return jnp.ravel(pages)[:size].reshape(shape)
 
 
 Shares = dict[int, float]  # which share of the living moves at which step
@@ -189,8 +192,10 @@ def _random_start(
         raise UserMistake(f"scope {scope!r} is not possible: each layer keeps its density (allowed: layer, erk)")
 
     def start(params: PyTree) -> PyTree:
-        dense = dense_masks(params, prunable, exclude)
-        return choose(_drawn(dense, jax.random.fold_in(key, 0x5EED)), _pools(dense, sparsity, scope))  # no step's key
+        dense, first = dense_masks(params, prunable, exclude), jax.random.fold_in(key, 0x5EED)  # no step's key
+        places = {path: place for place, path in enumerate(leaves_by_path(dense))}
+        drawn = map_by_path(lambda path, mask: _drawn(jax.random.fold_in(first, places[path]), mask.shape), dense)
+        return choose(drawn, _pools(dense, sparsity, scope))
 
     return start
 
@@ -201,10 +206,15 @@ def _pools(masks: PyTree, sparsity: float, scope: str) -> tuple[Pool, ...]:
     return tuple(Pool(paths, int(n)) for paths, n in zip(found.paths, found.prune[0], strict=True))
 
 
-def _move(shares: Shares, sparsity: float, scope: str, wish: Callable[[Now], PyTree]) -> Callable[[Now], PyTree]:
-    """The change of masks: so many of each leaf's living die, as many grow whose |wish| is the largest."""
+def _move(
+    shares: Shares, sparsity: float, scope: str, wish: Callable[[jax.Array, Any], jax.Array]
+) -> Callable[[Now], Changed]:
+    """The change of masks: so many of each leaf's living die, as many grow whose |wish(g, key)| is the largest.
 
-    def change(now: Now) -> PyTree:
+    Leaf by leaf, so that a leaf's quiet step waits for no other leaf's gradient.
+    """
+
+    def change(now: Now) -> Changed:
         pools = _pools(now.masks, sparsity, scope)
         sizes = {path: mask.size for path, mask in leaves_by_path(now.masks).items()}
         living = [sizes[pool.paths[0]] - pool.prune for pool in pools]
@@ -212,15 +222,24 @@ def _move(shares: Shares, sparsity: float, scope: str, wish: Callable[[Now], PyT
         moves = np.array([[math.floor(share * n) for n in living] for share in shares.values()], np.int32)
         row = jnp.argmax(np.array(list(shares), np.int32) == now.step)
         number = jnp.asarray(moves)[row]  # [leaves]
-        weights, wishes = leaves_by_path(now.given), leaves_by_path(wish(now))
+        weights, gradients = leaves_by_path(now.params), leaves_by_path(now.gradients)
 
-        def moved(path: str, alive: jax.Array) -> jax.Array:
+        def moved(path: str, mask: jax.Array) -> Changed:
             i = place[path]
-            dead = pools[i].prune
-            (left,) = all_but_lowest([weights[path]], [alive], dead + number[i], magnitude=True)
-            tier = jnp.where(left, jnp.int8(2), jnp.int8(1))  # what is left stays
-            return all_but_lowest([wishes[path]], [tier], dead, magnitude=True)[0]
+            key = None if now.key is None else jax.random.fold_in(now.key, i)
 
-        return map_by_path(moved, now.masks)
+            def turn(changed: Changed) -> Changed:
+                alive, g = changed
+                dead = pools[i].prune
+                (left,) = all_but_lowest([weights[path]], [alive], dead + number[i], magnitude=True)
+                tier = jnp.where(left, jnp.int8(2), jnp.int8(1))  # what is left stays
+                (lives,) = all_but_lowest([wish(g, key)], [tier], dead, magnitude=True)
+                return lives, grown(lives, alive, g)
+
+            return once(now.due, turn, (mask, gradients[path]))
+
+        found = {path: moved(path, mask) for path, mask in leaves_by_path(now.masks).items()}
+        masks = map_by_path(lambda path, _: found[path][0], now.masks)
+        return masks, map_by_path(lambda path, g: found[path][1] if path in found else g, now.gradients)
 
     return change

@@ -14,7 +14,7 @@ from prune_jax.criteria import CRITERIA, Criterion, find
 from prune_jax.errors import UserMistake
 from prune_jax.masks import choose
 from prune_jax.schedules import Levels, alternating
-from prune_jax.sparse_training.changing import Now, changing, dense_masks, of_masked, table
+from prune_jax.sparse_training.changing import Changed, Now, changing, dense_masks, grown, of_masked, once, table
 from prune_jax.sparse_training.entry import method
 from prune_jax.statistics import Statistics
 from prune_jax.trees import PyTree
@@ -87,18 +87,21 @@ def gradual(
         drawn = {"key": now.key} if entry.stochastic else {}
         return entry.function(weights, stats, **drawn, **given)
 
-    def change(now: Now) -> PyTree:
+    def change(now: Now) -> Changed:
         pools = table(now.masks, schedule, scope, min_keep).pools(now.step)
         sizes = entry is CRITERIA["magnitude"]  # never written to memory
-        found = of_masked(now.given, now.masks) if sizes else scores(now)
-        return choose(found, pools, alive=now.masks, min_keep=min_keep, magnitude=sizes)
+
+        def turn(masks: PyTree) -> PyTree:
+            found = of_masked(now.params, masks) if sizes else scores(now)
+            return choose(found, pools, alive=masks, min_keep=min_keep, magnitude=sizes)
+
+        return once(now.due, turn, now.masks), now.gradients
 
     return changing(
         inner,
         start=lambda params: dense_masks(params, prunable, exclude),
         due=lambda masks, step: table(masks, schedule, scope, min_keep).due(step),
         change=change,
-        grows=False,
         key=key if entry.stochastic else None,
     )
 
@@ -143,9 +146,15 @@ def ac_dc(
     """
     levels = alternating(sparsity, begin=begin, end=end, every=every)
 
-    def change(now: Now) -> PyTree:
-        weights, pools = of_masked(now.params, now.masks), table(now.masks, levels, scope, min_keep).pools(now.step)
-        return choose(weights, pools, min_keep=min_keep, magnitude=True)
+    def change(now: Now) -> Changed:
+        pools = table(now.masks, levels, scope, min_keep).pools(now.step)
+
+        def turn(changed: Changed) -> Changed:
+            before, gradients = changed
+            masks = choose(of_masked(now.params, before), pools, min_keep=min_keep, magnitude=True)
+            return masks, grown(masks, before, gradients)
+
+        return once(now.due, turn, (now.masks, now.gradients))
 
     return changing(
         inner,
