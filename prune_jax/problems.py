@@ -20,7 +20,7 @@ from prune_jax.datasets import Dataset, GrainSplit, Split, load
 from prune_jax.errors import UserMistake
 from prune_jax.recipe import Data, Problem, Prune, Recipe, Score
 from prune_jax.recipe.sparsify import Gradual
-from prune_jax.registry import load_module
+from prune_jax.registry import load_module, plugin_module
 from prune_jax.sparse_training import find as find_method
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _build(model: str, shapes: tuple[tuple[tuple[int, ...], str], ...], outputs:
 def code_of(recipe: Recipe) -> dict[str, str]:
     """The digests of the files of others' code that the recipe names: edited code is another recipe.
 
-    Of each `module:object`, and of each criterion and training method that is registered by name and not ours.
+    Of each `module:object`, and of all that is registered by name and not ours.
     """
     stages = recipe.stages.values()
     criteria = [stage.criterion.name for stage in stages if isinstance(stage, Score | Prune)]
@@ -123,6 +123,10 @@ def code_of(recipe: Recipe) -> dict[str, str]:
     found = {reference: _code_digest(reference) for reference in references if ":" in reference}
     plugged = [(find_criterion, name) for name in criteria] + [(find_method, name) for name in kinds]
     named = {name: _plugin_digest(find, name) for find, name in plugged if ":" not in name}
+    parts = {"datasets": recipe.data.source, "models": recipe.model.kind, "objectives": recipe.objective}
+    for group, name in parts.items():
+        if module := plugin_module(f"prune_jax.{group}", name):
+            named[name] = _code_digest(f"{module}:{name}")
     return found | {name: told for name, told in named.items() if told}
 
 

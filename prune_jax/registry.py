@@ -50,6 +50,11 @@ def check_plugin(name: str) -> None:
         )
 
 
+def plugin_module(group: str, name: str) -> str | None:
+    """The module in which another package announces `name`; None if none does."""
+    return next((plugin.module for plugin in entry_points(group=group) if plugin.name == name), None)
+
+
 class Registry(Generic[T]):
     """A table of named entries of one kind.
 

@@ -45,11 +45,16 @@ def power(params, stats, *, q: int = 3):
 def late(inner, *, sparsity: float, begin: float = 0.5, steps: int, exclude=()):
     """Prunes once, late."""
     return gradual(inner, schedule=Levels((int(begin * steps),), (sparsity,)), exclude=exclude)
+
+def dice():
+    """What nobody learns."""
 '''
 ENTRIES = """[prune_jax.criteria]
 power = tiny_plugin.methods:power
 [prune_jax.sparse_training]
 late = tiny_plugin.methods:late
+[prune_jax.datasets]
+dice = tiny_plugin.methods:dice
 """
 SCRIPT = """
 import json, sys
@@ -58,6 +63,7 @@ import jax.numpy as jnp
 import prune_jax as pj
 from prune_jax import cli
 from prune_jax.checkpoints import Store
+from prune_jax.problems import code_of
 from tests.plain import arrays, part, run_plain, tiny
 
 scores = pj.score("power", {"w": jnp.array([[2.0, -3.0]])}, options={"q": 2})["w"].tolist()
@@ -68,7 +74,9 @@ dead = {
     name: {path: int((~m).sum()) for path, m in part(arrays(store, results[name]), "masks").items()}
     for name in ("train", "prune")
 }
-code = plan.calls[0].problem.code
+recipe = plan.recipe
+thrown = code_of(recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": "dice"})}))
+code = {**plan.calls[0].problem.code, "dice": thrown["dice"]}
 labels = [call.label for call in plan.calls]
 print(json.dumps({"scores": scores, "dead": dead, "code": code, "labels": labels}))
 sys.argv = ["prune-jax", "methods"]
@@ -111,7 +119,7 @@ def test_a_plug_in_is_used_by_name_from_recipes_and_from_python(tmp_path):
     assert found["dead"]["train"] == {"hidden_0/kernel": 12}  # of 4 x 6, in mid-training
     assert sum(found["dead"]["prune"][path] for path in ("hidden_0/bias", "output/bias")) == 4  # of 9 neurons
     digest = hashlib.sha256(CODE.encode()).hexdigest()[:20]
-    assert (found["code"]["power"], found["code"]["late"]) == (digest, digest)
+    assert {found["code"][name] for name in ("power", "late", "dice")} == {digest}
     assert found["labels"][0] == "train · mlp · late"
     assert "power" in listed
     assert "late" in listed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from tests.benchmarks.rounds import Figure, figure, in_turns, ratio
 SORTED = 1_000_000  # more would take seconds
 
 
-def measure(rounds: int = 7) -> dict[str, Figure]:
+def measure(rounds: int = 14) -> dict[str, Figure]:
     found = {}
     for size in (SORTED, 10_000_000, 50_000_000):
         scores = jnp.asarray(np.abs(np.random.default_rng(0).standard_normal(size, np.float32))).reshape(1000, -1)
@@ -21,8 +23,9 @@ def measure(rounds: int = 7) -> dict[str, Figure]:
         living = sum(int(jnp.sum(mask, dtype=jnp.int32)) for mask in all_but_lowest([jnp.round(scores, 2)], [None], k))
         if living != size - k:
             raise AssertionError(f"{living} of {size} scores with ties live, not {size - k}")
+        some = cycle(k - i * size // 1000 for i in range(7))  # how many passes it takes is luck; so 89.4 to 90 %
         ways = {
-            "choose": lambda s=scores, k=k: all_but_lowest([s], [None], k),
+            "choose": lambda s=scores, some=some: all_but_lowest([s], [None], next(some)),
             "read": lambda s=scores, total=total: total(s),
             "np.partition": lambda h=host, k=k: np.partition(h.ravel(), k)[k] <= h,
         }
