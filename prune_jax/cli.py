@@ -89,13 +89,13 @@ def run(
     if as_json:
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
     if record["status"] == "failed":
-        raise typer.Exit(130 if board.interrupted else 2 if record["user_mistake"] else 1)
+        raise typer.Exit(130 if board.interrupted else 2 if record["user_mistake"] else 3 if record["rejected"] else 1)
 
 
 def _close(console: Any, record: dict[str, Any], store: str) -> None:
     path = os.path.join(store, "runs", record["name"], "run.json")
     if record["status"] == "failed":
-        console.print(f"[red]failed[/]: {_escaped(record['message'])}")
+        console.print(f"[red]{'rejected' if record['rejected'] else 'failed'}[/]: {_escaped(record['message'])}")
         done = sum(stage["status"] in {"ran", "cached"} for stage in record["stages"].values())
         console.print(
             f"{done} of {len(record['stages'])} stages are done and kept: mend it and give the same command to go on.",
@@ -408,7 +408,7 @@ def _quiet() -> None:
 
 
 def main() -> NoReturn:
-    """Runs the command line. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130 interrupted."""
+    """Runs the command line. Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 a gate said no, 130 interrupted."""
     gc.set_threshold(50_000)  # what imports make stays: a fifth of their time went into looking for garbage in it
     atexit.register(gc.freeze)  # and most of a second at the end
     for stream in (sys.stdout, sys.stderr):

@@ -1,6 +1,7 @@
 """What is wanted: frozen models of recipes, read once, at the edge."""
 
 from prune_jax.recipe.calls import Problem, Ref, StageCall, StageResult, Status, digest
+from prune_jax.recipe.limits import Limits, Robustness, Times
 from prune_jax.recipe.model import BUILT_IN_MODELS, CustomModel
 from prune_jax.recipe.parts import (
     Data,
@@ -21,6 +22,7 @@ from prune_jax.recipe.recipe import (
     Distill,
     Evaluate,
     Finetune,
+    Gate,
     Mask,
     Prune,
     Recipe,
@@ -46,8 +48,10 @@ __all__ = [
     "Evaluate",
     "Finetune",
     "Frozen",
+    "Gate",
     "Guard",
     "Iterative",
+    "Limits",
     "Mask",
     "Operation",
     "Optimizer",
@@ -57,6 +61,7 @@ __all__ = [
     "Recovery",
     "Ref",
     "Rewind",
+    "Robustness",
     "Score",
     "Search",
     "Sparsify",
@@ -66,6 +71,7 @@ __all__ = [
     "Status",
     "Target",
     "Teaching",
+    "Times",
     "Train",
     "built_in",
     "check_run_name",
