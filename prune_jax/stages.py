@@ -18,7 +18,7 @@ from prune_jax.datasets import Dataset
 from prune_jax.errors import GateError, NonFiniteResultError
 from prune_jax.evaluation import describe, latencies, noisy, peak_bytes
 from prune_jax.export import EXTENSIONS, WRITERS
-from prune_jax.gates import NOISY, checks, reason
+from prune_jax.gates import NOISY, checks, reason, rows
 from prune_jax.granularity import check_granularity
 from prune_jax.group_scoring import score_groups
 from prune_jax.group_stages import WIRED, compact, kinds_of, mask_groups
@@ -344,7 +344,7 @@ def gate(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics
         for role, times in latencies(networks, functools.partial(repeated, sample_of(data)), sizes).items():
             found[role]["latency_ms"] = times
     judged = checks(limits, found["network"], found.get("against"), metric=metric)
-    told = {"checks": {check.what: check._asdict() for check in judged}}
+    told = {"checks": rows(judged)}
     if no := reason(judged):
         raise GateError(no, told)
     return {}, told
