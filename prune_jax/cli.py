@@ -331,6 +331,59 @@ def promote(
     _tell_champion(made, as_json)
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "  prune-jax lifecycle my.yaml --as digits\n\n"
+    "  prune-jax lifecycle my.yaml --as digits --max-drop 0.005 --limit bytes=100000 --limit latency_ms.times=1.1\n\n"
+    "  PREFECT_API_URL=http://127.0.0.1:4200/api prune-jax lifecycle my.yaml --as digits --approval-seconds 86400"
+)
+def lifecycle(
+    recipe: RecipeArgument,
+    as_: AsOption,
+    max_drop: Annotated[float, typer.Option(help="Largest loss of the metric beside the champion, absolute.")] = 0.01,
+    limit: LimitOption = None,
+    approval_seconds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Wait so long for a person, who answers in Prefect's UI.", show_default=False),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="The stage whose network it is, if several are exported.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+    store: StoreOption = "artifacts",
+    runner: Annotated[
+        str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
+    ] = "threads",
+    no_plugins: PluginsOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Runs a recipe on today's data and promotes its network, or turns it away: exit code 3."""
+    _quiet()
+    _find_code(no_plugins)
+    from prune_jax.console import Board
+    from prune_jax.contest import contest_table
+    from prune_jax.launch import lifecycle as launch
+    from prune_jax.progress import Listeners, listeners
+    from prune_jax.recipe import read_limits
+
+    limits, console = read_limits({"max_drop": max_drop}, limit or ()), _console(as_json)
+    with Board(console) as board:
+        board.waiting("checking the recipe, starting Prefect")
+        listeners.set(Listeners(board.hear, board.finished))
+        signal.signal(signal.SIGINT, lambda *_: board.interrupt())
+        asked = {"limits": limits, "approval_seconds": approval_seconds, "network": network, "changes": set_ or ()}
+        found = launch(recipe, as_, store=store, runner=runner, no_plugins=no_plugins, **asked)  # type: ignore[arg-type]
+    if found["checks"]:
+        console.print(contest_table(found["checks"]))
+    console.print(f"[bold]{as_}[/] {found['outcome']}: {_escaped(found['message'])}", highlight=False)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    if found["outcome"] == "failed":
+        record = found["run"]
+        raise typer.Exit(130 if board.interrupted else 2 if record["user_mistake"] else 3 if record["rejected"] else 1)
+    raise typer.Exit(3 if found["outcome"] == "rejected" else 0)
+
+
 @app.command(epilog="Example:\n\n  prune-jax rollback digits --why 'wrong on the new scanner'")
 def rollback(
     name: Annotated[str, typer.Argument(help="Name of a champion.", show_default=False)],
