@@ -92,9 +92,11 @@ def _lifecycle(
     recipe = recipe.model_copy(update={"data": data})
     with store.at_work([ref] if ref else []):
         record = carry_out(recipe, str(store.root), _run_of(name, recipe), side_by_side)
-        found = None if record["status"] == "failed" else candidate(store, record["name"], network)
-        if found is None:
-            return _outcome("failed", before, record, record["message"], [])
+        if record["status"] == "failed":
+            if record["rejected"]:  # by a gate of the recipe's own
+                tell("rejected", name, {"run": record["name"], "reason": record["message"]})
+            return _outcome("rejected" if record["rejected"] else "failed", before, record, record["message"], [])
+        found = candidate(store, record["name"], network)
         with store.at_work([found.artifact, found.export]):
             return _decide(store, before, record, found, limits, approval_seconds)
 
@@ -133,9 +135,7 @@ def _decide(
     return _outcome("promoted", now, record, told, rows(judged))
 
 
-def _ask(
-    before: Champion, found: Candidate, judged: tuple[Check, ...], seconds: int
-) -> tuple[str, str | None, str]:
+def _ask(before: Champion, found: Candidate, judged: tuple[Check, ...], seconds: int) -> tuple[str, str | None, str]:
     """Waits for a person: why it is turned away, if it is; who decided; and what they said."""
     reign = f"run {before.champion.run!r}" if before.champion else "nobody"
     lines = [

@@ -109,7 +109,9 @@ def _close(console: Any, record: dict[str, Any], store: str) -> None:
     if record["status"] == "failed":
         console.print(f"[red]{'rejected' if record['rejected'] else 'failed'}[/]: {_escaped(record['message'])}")
         done = sum(stage["status"] in {"ran", "cached"} for stage in record["stages"].values())
-        mend = "loosen its limits or ask for less" if record["rejected"] else "mend it and give the same command to go on"
+        mend = (
+            "loosen its limits or ask for less" if record["rejected"] else "mend it and give the same command to go on"
+        )
         console.print(
             f"{done} of {len(record['stages'])} stages are done and kept: {mend}.",
             highlight=False,
@@ -325,9 +327,7 @@ def promote(
         if no := reason(judged):
             reject(artifacts, found, as_, checks=rows, why=no, by=by or "")
             raise GateError(f"run {name!r} is not promoted to {as_!r}: {no}", {})
-    made = make_champion(
-        artifacts, name, as_, network=network, expected=before.generation, checks=rows, by=by, why=why
-    )
+    made = make_champion(artifacts, name, as_, network=network, expected=before.generation, checks=rows, by=by, why=why)
     _tell_champion(made, as_json)
 
 
@@ -375,12 +375,11 @@ def lifecycle(
         found = launch(recipe, as_, store=store, runner=runner, no_plugins=no_plugins, **asked)  # type: ignore[arg-type]
     if found["checks"]:
         console.print(contest_table(found["checks"]))
-    console.print(f"[bold]{as_}[/] {found['outcome']}: {_escaped(found['message'])}", highlight=False)
+    console.print(f"[bold]{as_}[/] {found['outcome']}: {_escaped(found['message'])}", highlight=False, soft_wrap=True)
     if as_json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
     if found["outcome"] == "failed":
-        record = found["run"]
-        raise typer.Exit(130 if board.interrupted else 2 if record["user_mistake"] else 3 if record["rejected"] else 1)
+        raise typer.Exit(130 if board.interrupted else 2 if found["run"]["user_mistake"] else 1)
     raise typer.Exit(3 if found["outcome"] == "rejected" else 0)
 
 

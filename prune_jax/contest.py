@@ -100,8 +100,8 @@ def _comparable(role: str) -> Iterator[None]:
         if role == "candidate":
             raise
         raise UserMistake(
-            f"the champion cannot be measured on the candidate's test data: {str(error).partition(chr(10))[0]}. Promote "
-            "the candidate under another name, or without limits (`prune-jax promote`)."
+            f"the champion cannot be measured on the candidate's test data: {str(error).partition(chr(10))[0]}. "
+            "Promote the candidate under another name, or without limits (`prune-jax promote`)."
         ) from error
 
 

@@ -96,7 +96,12 @@ def leftovers(store: Store) -> list[Leftover]:
             found.append(Leftover(entry, ref, "step checkpoints"))
     runs = store.root / RECORDS
     nested = chain.from_iterable((run, *_folders(run)) for run in _folders(runs))
-    for entry in (e for folder in (store.root, runs, store.root / CHAMPIONS, *nested) if folder.exists() for e in sorted(folder.iterdir())):
+    for entry in (
+        e
+        for folder in (store.root, runs, store.root / CHAMPIONS, *nested)
+        if folder.exists()
+        for e in sorted(folder.iterdir())
+    ):
         if entry.name.endswith(".tmp"):
             found.append(Leftover(entry, None, "half-written"))
         elif entry.name.endswith(AT_WORK):

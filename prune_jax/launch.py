@@ -95,8 +95,8 @@ def lifecycle(
         configured = server.configured()
         if approval_seconds is not None and not configured:
             raise UserMistake(
-                "approval is given in the UI of a Prefect server that stays: start one (`prefect server start`) and set "
-                "PREFECT_API_URL, such as http://127.0.0.1:4200/api; or leave --approval-seconds out"
+                "approval is given in the UI of a Prefect server that stays: start one (`prefect server start`) and "
+                "set PREFECT_API_URL, such as http://127.0.0.1:4200/api; or leave --approval-seconds out"
             )
         temporary = None if configured else server.start_early()
         prepare(wanted)

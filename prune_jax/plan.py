@@ -377,8 +377,9 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
         case "compact" | "export":
             return [shape_call(stage.kind, name, problem, settings, parent.ref, seed=seed, **operations)]
         case "gate":
-            other = parents[1] if len(parents) > 1 else origin if stage.relative else None
-            return [gate_call(name, problem, settings, parent.ref, other and other.ref, seed=seed, **operations)]
+            other = parents[1] if len(parents) > 1 else origin
+            against = other.ref if stage.relative else None
+            return [gate_call(name, problem, settings, parent.ref, against, seed=seed, **operations)]
         case "finetune" | "distill":
             rewind = rewind_call(settings.get("rewind"), origin, name)
             settings = retraining(settings, origin)

@@ -193,7 +193,7 @@ def candidate(store: Store, run: str, network: str | None = None) -> Candidate:
     record = store.record(run)
     if record.get("status") != "completed":
         raise UserMistake(
-            f"run {run!r} did not complete ({record.get('message', '')}): mend it, run its recipe again, and promote then"
+            f"run {run!r} did not complete ({record.get('message', '')}): mend it, run its recipe again, promote then"
         )
     stages, results = record.get("stages", {}), record.get("results", {})
     exports = {n: s for n, s in stages.items() if s["kind"] == "export" and "stablehlo" in s.get("metrics", {})}
@@ -219,9 +219,7 @@ def candidate(store: Store, run: str, network: str | None = None) -> Candidate:
     export = by_network[chosen]
     problem = (store.meta(export) or {}).get("call", {}).get("problem", {})
     facts = {fact: measured[fact] for fact in FACTS if fact in measured}
-    return Candidate(
-        run, chosen, artifact, export, problem.get("data_digest", ""), problem.get("objective", ""), facts
-    )
+    return Candidate(run, chosen, artifact, export, problem.get("data_digest", ""), problem.get("objective", ""), facts)
 
 
 def check_intact(store: Store, found: Candidate | Entry) -> None:
@@ -265,7 +263,8 @@ def _too_late(now: Champion, expected: int) -> PromotionError:
     who = f"run {reign.run!r} by {reign.by or 'somebody'} at {reign.when}" if reign else "nobody"
     return PromotionError(
         f"champion {now.name!r}: promoted by someone else meanwhile: generation {now.generation}, {who}; this was "
-        f"decided against generation {expected}. Nothing was changed. Compare with the new champion, then promote again."
+        f"decided against generation {expected}. Nothing was changed. Compare with the new champion, and "
+        "promote again."
     )
 
 
@@ -310,7 +309,9 @@ def champions_table(found: list[Champion]) -> Table:
 
 def history_table(found: Champion) -> Table:
     """What came to pass under a champion's name, the latest last."""
-    table = Table("generation", "what", "run", "network", "metric", "size", "when", "by", "why", box=None, pad_edge=False)
+    table = Table(
+        "generation", "what", "run", "network", "metric", "size", "when", "by", "why", box=None, pad_edge=False
+    )
     for entry in found.history:
         what = f"rolled back to {entry.restores}" if entry.restores is not None else entry.action
         mark = "[bold green]" if entry == found.champion else "[red]" if entry.action == "rejected" else "[not bold]"

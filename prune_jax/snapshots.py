@@ -46,12 +46,14 @@ def snapshot(store: Store, data: Data) -> tuple[Data, Ref | None]:
             splits = {"train": whole.train, "test": whole.test}
             arrays = {f"{names[n]}_{split}": array for split, rows in splits.items() for n, array in rows.items()}
             if whole.classes is not None:
-                arrays["classes"] = np.int32(whole.classes)
+                arrays["classes"] = np.asarray(whole.classes, np.int32)
             file = io.BytesIO()
             np.savez(file, **arrays)  # type: ignore[arg-type]
             facts = {"digest": whole.digest, "source": data.source, "path": data.path or "", "note": whole.note}
             store.write(ref, {}, {"metrics": {}, "facts": facts}, {FILE: file.getvalue()})
     kept = data.model_copy(update={"source": "npz", "path": str(store.path(ref) / FILE), "args": {}})
     if data_of(kept).digest != whole.digest:
-        raise UserMistake(f"data.source = {data.source!r}: the data changed while they were read. Run the recipe again.")
+        raise UserMistake(
+            f"data.source = {data.source!r}: the data changed while they were read. Run the recipe again."
+        )
     return kept, ref

@@ -26,7 +26,10 @@ TAKES = {
 
 
 def parents_of(stages: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """By stage, those whose results it takes: those that it names, else the one above that fits; then a teacher, or a gate's other."""
+    """By stage, those whose results it takes: those that it names, else the one above that fits; then the other one.
+
+    The other one is a teacher, or what a gate compares with.
+    """
     above: list[str] = []
     wiring = {}
     for name, stage in stages.items():
