@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from httpx import HTTPError
-from prefect import flow
+from prefect import flow, get_client
 from prefect.artifacts import create_table_artifact
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, Failed, Running, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from prune_jax.flows.events import tell
 from prune_jax.flows.prune import THREADS, artifact_key, carry_out, made, outcome_of
@@ -146,6 +146,8 @@ def _ask(before: Champion, found: Candidate, judged: tuple[Check, ...], seconds:
     try:
         answer = pause_flow_run(wait_for_input=Decision.with_initial_data(description=told), timeout=seconds)
     except FlowPauseTimeout:
+        with get_client(sync_client=True) as client:  # else the server would call it failed, "never resumed"
+            client.set_flow_run_state(flow_run.id, Running(), force=True)
         return f"nobody approved it within {seconds} s", None, ""
     if answer.approve:
         return "", answer.by or None, answer.why

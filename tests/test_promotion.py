@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import prune_jax as pj
+from prune_jax import promotion
 from prune_jax.checkpoints import Store
 from prune_jax.contest import contest
 from prune_jax.errors import DamagedArtifactError, PromotionError, UserMistake
@@ -108,6 +109,23 @@ def test_who_promotes_late_is_told(store):
     with pytest.raises(UserMistake, match=r"run 'a': its network 'train' is the champion 'late' already"):
         pj.promote(store, "a", "late")
     assert (Path(store.root) / "champions" / "late.json").read_text() == before
+
+
+def test_without_locks_who_was_overwritten_is_told(store, tmp_path, monkeypatch):
+    """As on a URL: two write in the same moment, the last one stays, whole, and the first one reads that."""
+    store = copied(store, tmp_path)
+    monkeypatch.setattr(Store, "local", False)
+    write = promotion.replace
+
+    def overtaken(path, text):
+        write(path, text)
+        monkeypatch.setattr(promotion, "replace", write)
+        pj.promote(store, "b", "twice", expected=1)  # who has read generation 1 just now
+
+    monkeypatch.setattr(promotion, "replace", overtaken)
+    with pytest.raises(PromotionError, match="promoted by someone else meanwhile: generation 2, run 'b'"):
+        pj.promote(store, "a", "twice")
+    assert champion(store, "twice").champion.run == "b"
 
 
 PROMOTER = """
