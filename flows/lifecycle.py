@@ -20,7 +20,7 @@ from pydantic import Field
 
 from prune_jax.checkpoints import Store
 from prune_jax.contest import contest
-from prune_jax.gates import Check, reason, rows
+from prune_jax.gates import Check, number, reason, rows
 from prune_jax.promotion import Candidate, candidate, champion, promote, reject
 from prune_jax.recipe import Champion, Limits, Recipe, check_run_name, digest
 from prune_jax.registry import without_plugins
@@ -139,7 +139,8 @@ def _ask(before: Champion, found: Candidate, judged: tuple[Check, ...], seconds:
     """Waits for a person: why it is turned away, if it is; who decided; and what they said."""
     reign = f"run {before.champion.run!r}" if before.champion else "nobody"
     lines = [
-        f"{check.what}: {check.candidate:.4g}" + (f" beside {check.champion:.4g}" if check.champion is not None else "")
+        f"{check.what}: {number(check.candidate)}"
+        + (f" beside {number(check.champion)}" if check.champion is not None else "")
         for check in judged
     ]
     told = f"Promote run `{found.run}`, {found.network}, to **{before.name}**, now {reign}?\n\n* " + "\n* ".join(lines)

@@ -13,7 +13,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import DivergedError, UserMistake
 from prune_jax.evaluation import evaluator, latencies, noisy
 from prune_jax.export import EXTENSIONS, read_stablehlo
-from prune_jax.gates import NOISY, Check, checks
+from prune_jax.gates import NOISY, Check, checks, number
 from prune_jax.models import Network, Variables
 from prune_jax.networks import repeated
 from prune_jax.objectives import objective
@@ -113,7 +113,7 @@ def contest_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     table.add_column("allowed")
     table.add_column("verdict")
     for row in rows:
-        champion = "-" if row["champion"] is None else f"{row['champion']:.4g}"
+        champion = "-" if row["champion"] is None else number(row["champion"])
         verdict = "[green]passed[/]" if row["passed"] else "[red]failed[/]"
-        table.add_row(row["what"], champion, f"{row['candidate']:.4g}", row["allowed"], verdict)
+        table.add_row(row["what"], champion, number(row["candidate"]), row["allowed"], verdict)
     return table

@@ -79,12 +79,21 @@ def reason(found: Iterable[Check]) -> str:
     'accuracy is 0.9 beside 0.95, allowed is worse by at most 0.01'
     """
     return "; ".join(
-        f"{check.what} is {check.candidate:.4g}"
-        + ("" if check.champion is None else f" beside {check.champion:.4g}")
+        f"{check.what} is {number(check.candidate)}"
+        + ("" if check.champion is None else f" beside {number(check.champion)}")
         + f", allowed is {check.allowed}"
         for check in found
         if not check.passed
     )
+
+
+def number(value: float) -> str:
+    """A number as people read it.
+
+    >>> number(2410), number(0.94707)
+    ('2,410', '0.9471')
+    """
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def rows(found: Iterable[Check]) -> list[dict[str, Any]]:

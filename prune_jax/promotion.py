@@ -298,10 +298,10 @@ def _user() -> str:
 
 def champions_table(found: list[Champion]) -> Table:
     """Who reigns."""
-    table = Table("champion", "generation", "run", "network", "metric", "size", "since", "by", box=None, pad_edge=False)
+    table = _table("champion", "generation", "since", "by")
     for each in found:
         if reign := each.champion:
-            table.add_row(each.name, str(each.generation), *_told(reign), reign.when, escape(reign.by))
+            table.add_row(each.name, str(each.generation), *_told(reign), _minute(reign.when), escape(reign.by))
         else:
             table.add_row(each.name, "0", "[dim]nobody yet[/]")
     return table
@@ -309,14 +309,20 @@ def champions_table(found: list[Champion]) -> Table:
 
 def history_table(found: Champion) -> Table:
     """What came to pass under a champion's name, the latest last."""
-    table = Table(
-        "generation", "what", "run", "network", "metric", "size", "when", "by", "why", box=None, pad_edge=False
-    )
+    table = _table("generation", "what", "when", "by", "why")
     for entry in found.history:
         what = f"rolled back to {entry.restores}" if entry.restores is not None else entry.action
         mark = "[bold green]" if entry == found.champion else "[red]" if entry.action == "rejected" else "[not bold]"
-        cells = (f"{mark}{what}[/]", *_told(entry), entry.when, escape(entry.by), escape(entry.why))
+        cells = (f"{mark}{what}[/]", *_told(entry), _minute(entry.when), escape(entry.by), escape(entry.why))
         table.add_row(str(entry.generation), *cells)
+    return table
+
+
+def _table(first: str, second: str, *more: str) -> Table:
+    table = Table(first, second, box=None, pad_edge=False)
+    table.add_column("run", no_wrap=True, overflow="fold")
+    for column in ("network", "metric", "size", *more):
+        table.add_column(column)
     return table
 
 
@@ -325,3 +331,7 @@ def _told(entry: Entry) -> tuple[str, str, str, str]:
     told = f"{metric} {entry.metrics[metric]:.4g}" if metric else ""
     size = readable(entry.metrics["bytes"]) if "bytes" in entry.metrics else ""
     return escape(entry.run), escape(entry.network), told, size
+
+
+def _minute(when: str) -> str:
+    return escape(when[:16].replace("T", " "))
