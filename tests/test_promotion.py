@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import prune_jax as pj
-from prune_jax import promotion
+from prune_jax import cli, promotion
 from prune_jax.checkpoints import Store
 from prune_jax.contest import contest
 from prune_jax.errors import DamagedArtifactError, PromotionError, UserMistake
@@ -128,53 +128,78 @@ def test_without_locks_who_was_overwritten_is_told(store, tmp_path, monkeypatch)
     assert champion(store, "twice").champion.run == "b"
 
 
+def test_the_commands(store, tmp_path, monkeypatch, capsys):
+    store = copied(store, tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["prune-jax", *arguments, "--store", str(store.root)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    assert command("champions") == (0, f"no champions in {store.root}\n", "")
+    assert command("promote", "a", "--as", "net") == (0, "net is a's train, generation 1\n", "")
+    code, out, err = command("promote", "b", "--as", "net", "--limit", "params=14")
+    assert (code, err) == (3, "run 'b' is not promoted to 'net': params is 15 beside 15, allowed is at most 14\n")
+    assert out.splitlines()[1].split() == ["params", "15", "15", "at", "most", "14", "failed"]
+    code, out, _ = command("promote", "b", "--as", "net", "--limit", "params.times=1", "--why", "newer", "--json")
+    assert (code, json.loads(out)["champion"]["why"]) == (0, "newer")
+    code, out, _ = command("champions", "net")
+    assert [line.split()[1:3] for line in out.splitlines()[1:]] == [
+        ["promoted", "a"],
+        ["rejected", "b"],
+        ["promoted", "b"],
+    ]
+    assert command("rollback", "net") == (0, "net is a's train, generation 3\n", "")
+    assert command("rollback", "net")[0] == 2
+    assert json.loads(command("champions", "--json")[1])[0]["generation"] == 3
+    code, _, err = command("promote", "b", "--as", "net", "--limit", "max_drp=1")
+    assert (code, "limits: max_drp = 1: is not a field here; did you mean 'max_drop'?" in err) == (2, True)
+
+
 PROMOTER = """
 import os, signal, sys
 import prune_jax as pj
 from prune_jax import promotion
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PromotionError
-store, run, name, death = Store(sys.argv[1]), *sys.argv[2:]
-if death:  # between write and rename
-    type(store.root).replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-before = promotion.champion(store, name).generation
+store, run, dies = Store(sys.argv[1]), sys.argv[2], sys.argv[3] == "dies"
+before = promotion.champion(store, "race").generation
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    pj.promote(store, run, name, expected=before)
+    pj.promote(store, run, "race", expected=before)
+    print("won", flush=True)
 except PromotionError as error:
-    sys.exit(str(error))
+    print(error, flush=True)
+if dies:  # between write and rename
+    type(store.root).replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    pj.promote(store, "c", "killed")
 """
 
 
-def promoter(store, run, name, death=""):
-    return subprocess.Popen(
-        [sys.executable, "-c", PROMOTER, str(store.root), run, name, death],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def promoter(store, run, after):
+    command = [sys.executable, "-c", PROMOTER, str(store.root), run, after]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_of_two_processes_at_once_one_wins_and_one_killed_midway_changes_nothing(store):
-    first, second = both = [promoter(store, run, "race") for run in "ab"]
-    killed = promoter(store, "c", "killed", "now")
-    for process in (*both, killed):
+    both = promoter(store, "a", "lives"), promoter(store, "b", "dies")
+    for process in both:
         assert process.stdout.readline() == "ready\n"
-    for process in (*both, killed):
+    for process in both:
         process.stdin.write("go\n")
         process.stdin.flush()
-    told = {process.args[-3]: process.communicate(timeout=60)[1] for process in both}
-    winner, loser = ("a", "b") if first.returncode == 0 else ("b", "a")
-    assert sorted([first.returncode, second.returncode]) == [0, 1]
+    told = {process.args[-2]: process.communicate(timeout=60)[0].strip() for process in both}
+    (winner,) = [run for run, said in told.items() if said == "won"]
+    (loser,) = told.keys() - {winner}
     assert f"promoted by someone else meanwhile: generation 1, run {winner!r}" in told[loser]
     assert history(store, "race") == [(1, "promoted", winner)]
 
-    killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    folder = Path(store.root) / "champions"
-    (left,) = folder.glob(".killed.*.tmp")
+    assert [process.returncode for process in both] == [0, -signal.SIGKILL]
+    (left,) = (Path(store.root) / "champions").glob(".killed.*.tmp")
     assert champion(store, "killed").generation == 0
     assert pj.promote(store, "c", "killed").generation == 1  # the dead one holds no lock
     old = time.time() - 2 * HOUR

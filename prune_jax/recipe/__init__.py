@@ -2,7 +2,7 @@
 
 from prune_jax.recipe.calls import Problem, Ref, StageCall, StageResult, Status, digest
 from prune_jax.recipe.champion import Champion, Entry, why_no_champion
-from prune_jax.recipe.limits import Limits, Robustness, Times
+from prune_jax.recipe.limits import Limits, Times
 from prune_jax.recipe.model import BUILT_IN_MODELS, CustomModel
 from prune_jax.recipe.parts import (
     Data,
@@ -64,7 +64,6 @@ __all__ = [
     "Recovery",
     "Ref",
     "Rewind",
-    "Robustness",
     "Score",
     "Search",
     "Sparsify",

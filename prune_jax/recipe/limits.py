@@ -61,9 +61,5 @@ class Limits(Frozen):
             raise mistake("latency_batch", "says which calls are timed, but none is; add `latency_ms`")
         return self
 
-    def limit(self) -> Limits:
-        """These limits, without what a stage says beside them."""
-        return Limits(**{name: getattr(self, name) for name in Limits.model_fields})
-
 
 LIMITS = tuple(name for name in Limits.model_fields if name not in {"metric", "latency_batch"})
