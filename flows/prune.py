@@ -31,7 +31,7 @@ from prune_jax.registry import without_plugins
 from prune_jax.report.tables import results_markdown, results_table
 from prune_jax.walk import failure, walk
 
-# The record of a run in this context, for whoever called the flow; of the same name there may be others by then.
+# What came of a run in this context, for whoever called the flow; of the same name there may be others by then.
 made: ContextVar[list[dict[str, Any]] | None] = ContextVar("made", default=None)
 THREADS = 8  # the walk says how many stages are at work; here is room for all that it may say
 
@@ -65,10 +65,16 @@ def prune(
         no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
     """
     with without_plugins(no_plugins):
-        return _prune(recipe, store, name or recipe.name, side_by_side)
+        record = carry_out(recipe, store, name or recipe.name, side_by_side)
+    if (wanted := made.get()) is not None:
+        wanted.append(record)
+    if record["status"] == "failed":
+        return Failed(message=record["message"])
+    return Completed(message=record["message"])
 
 
-def _prune(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> State:
+def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> dict[str, Any]:
+    """Has the tasks of the flow run at work carry out a recipe, and answers the run record."""
     check_run_name(name)
     artifacts = Store(store)
     plan = prepare(recipe)
@@ -96,15 +102,11 @@ def _prune(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> S
 
     with artifacts.at_work(call.ref for call in plan.calls), _ending_stages():
         record = run.finish(walk(plan, artifacts, submit, side_by_side=side_by_side or _side_by_side()))
-    if (wanted := made.get()) is not None:
-        wanted.append(record)
     try:
         _show(record)
     except HTTPError as error:  # the work is done and recorded; a server that is away does not undo it
         get_run_logger().warning("the run's table could not be shown in the UI: %s", error)
-    if record["status"] == "failed":
-        return Failed(message=record["message"])
-    return Completed(message=record["message"])
+    return record
 
 
 def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None = None) -> dict[str, Any]:
@@ -120,22 +122,31 @@ def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None 
         UserMistake: the recipe is wrong.
         PruneError: the run ended without a record.
     """
+    return outcome_of(lambda: prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True))
+
+
+def outcome_of(call: Callable[[], State]) -> dict[str, Any]:
+    """Calls a flow in this process and answers what it puts into `made`.
+
+    Raises:
+        PruneError: it ended without that.
+    """
     with get_client(sync_client=True) as client:
         if fault := client.api_healthcheck():
             raise _unanswered(fault)
-    records: list[dict[str, Any]] = []
-    token = made.set(records)
+    outcomes: list[dict[str, Any]] = []
+    token = made.set(outcomes)
     try:
-        state = prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True)
+        state = call()
     except HTTPError as error:
-        if not records:
+        if not outcomes:
             raise _unanswered(error) from error
     finally:
         made.reset(token)
-    if not records:
+    if not outcomes:
         state.result()  # raises what kept the run from ending
         raise PruneError(f"Prefect ended the run as {state.name}: {state.message}")
-    return records[0]
+    return outcomes[0]
 
 
 def _unanswered(fault: Exception) -> PruneError:
@@ -183,10 +194,15 @@ def _result(call: StageCall, future: PrefectFuture[StageResult]) -> StageResult:
 
 def _show(record: dict[str, Any]) -> None:
     """The run's table and its Markdown, in the UI."""
-    key = "".join(c if c.isalnum() else "-" for c in record["name"].lower()).strip("-") or "run"
+    key = artifact_key(record["name"])
     if record["results"]:
         create_table_artifact(key=f"{key}-results", table=_rows(record), description=record["message"])
     create_markdown_artifact(key=f"{key}-summary", markdown=results_markdown(record), description=record["message"])
+
+
+def artifact_key(name: str) -> str:
+    """A name as Prefect takes it for its artifacts."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-") or "run"
 
 
 def _rows(record: dict[str, Any]) -> list[dict[str, str]]:

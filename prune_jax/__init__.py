@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prune_jax.objectives import composed
     from prune_jax.order import ends
     from prune_jax.perturbation import perturbed
+    from prune_jax.promotion import champions, promote, rollback
     from prune_jax.schedules import cubic
     from prune_jax.scoring import compensate, mask, score
     from prune_jax.sparse_training import (
@@ -43,6 +44,7 @@ _HOME = {
     "Cost": "prune_jax.costs",
     "ac_dc": "prune_jax.sparse_training",
     "apply_masks": "prune_jax.masks",
+    "champions": "prune_jax.promotion",
     "compensate": "prune_jax.scoring",
     "composed": "prune_jax.objectives",
     "correct_bias": "prune_jax.bias_correction",
@@ -57,7 +59,9 @@ _HOME = {
     "movement": "prune_jax.sparse_training",
     "perturbed": "prune_jax.perturbation",
     "proximal_l1": "prune_jax.sparse_training",
+    "promote": "prune_jax.promotion",
     "rigl": "prune_jax.sparse_training",
+    "rollback": "prune_jax.promotion",
     "run": "prune_jax.launch",
     "score": "prune_jax.scoring",
     "settle": "prune_jax.sparse_training",
@@ -76,6 +80,7 @@ __all__ = [
     "Cost",
     "ac_dc",
     "apply_masks",
+    "champions",
     "compensate",
     "composed",
     "correct_bias",
@@ -89,8 +94,10 @@ __all__ = [
     "masked",
     "movement",
     "perturbed",
+    "promote",
     "proximal_l1",
     "rigl",
+    "rollback",
     "run",
     "score",
     "settle",

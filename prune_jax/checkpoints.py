@@ -37,6 +37,7 @@ from prune_jax.trees import leaves_by_path, nest
 ARRAYS = "arrays"
 META = "meta.json"
 FORMAT, FORMAT_FILE = 1, "format.json"  # a store without the file is of version 1
+CHAMPIONS = "champions"
 AT_WORK, GATE = ".at-work", ".gate.lock"  # files of `runs/`: what the runs at work need; who holds the gate may remove
 SPARSE_RATIO = 10_000  # how much smaller a network of zeros may be on disk than in memory
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of what lies in a store; none of them leads out of it
@@ -415,6 +416,11 @@ class Store:
         if why := why_no_record(record):
             raise DamagedArtifactError(f"{path}, the record of run {name!r}, is not one: {why}. {mend}")
         return record
+
+    def champion_path(self, name: str) -> epath.Path:
+        """Where a champion and its history lie."""
+        check_run_name(name)
+        return self._below(CHAMPIONS, f"{name}.json")
 
     def runs(self) -> list[str]:
         """The names of all runs, the latest last."""

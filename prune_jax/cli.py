@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from prune_jax.errors import PruneError, UserMistake
+from prune_jax.errors import GateError, PruneError, UserMistake
 
 app = typer.Typer(
     name="prune-jax",
@@ -37,6 +37,18 @@ SetOption = Annotated[
     ),
 ]
 RunArgument = Annotated[str, typer.Argument(help="Name of a run, as `prune-jax runs` lists it.", show_default=False)]
+AsOption = Annotated[str, typer.Option("--as", metavar="NAME", help="Name of the champion.", show_default=False)]
+LimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FIELD=VALUE",
+        help="What it must keep to beside the champion: max_drop, at_least, bytes, bytes.times, macs, params, "
+        "latency_ms, robustness, ...; repeat it for several.",
+        show_default=False,
+    ),
+]
+WhyOption = Annotated[str, typer.Option(help="Kept in the history.", show_default=False)]
+ByOption = Annotated[str | None, typer.Option(help="Who decides; left out, you.", show_default=False)]
 PluginsOption = Annotated[
     bool,
     typer.Option(
@@ -89,16 +101,19 @@ def run(
     if as_json:
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
     if record["status"] == "failed":
-        raise typer.Exit(130 if board.interrupted else 2 if record["user_mistake"] else 1)
+        raise typer.Exit(130 if board.interrupted else 2 if record["user_mistake"] else 3 if record["rejected"] else 1)
 
 
 def _close(console: Any, record: dict[str, Any], store: str) -> None:
     path = os.path.join(store, "runs", record["name"], "run.json")
     if record["status"] == "failed":
-        console.print(f"[red]failed[/]: {_escaped(record['message'])}")
+        console.print(f"[red]{'rejected' if record['rejected'] else 'failed'}[/]: {_escaped(record['message'])}")
         done = sum(stage["status"] in {"ran", "cached"} for stage in record["stages"].values())
+        mend = (
+            "loosen its limits or ask for less" if record["rejected"] else "mend it and give the same command to go on"
+        )
         console.print(
-            f"{done} of {len(record['stages'])} stages are done and kept: mend it and give the same command to go on.",
+            f"{done} of {len(record['stages'])} stages are done and kept: {mend}.",
             highlight=False,
         )
     else:
@@ -274,6 +289,159 @@ def predict(
     sys.stdout.write(f"{output}: outputs {list(found.shape)}\n")
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "  prune-jax promote lenet-5-compact --as digits\n\n"
+    "  prune-jax promote lenet-5-compact --as digits --limit max_drop=0.01 --limit bytes.times=1\n\n"
+    "  prune-jax predict champions/digits digits.npz"
+)
+def promote(
+    name: RunArgument,
+    as_: AsOption,
+    network: Annotated[
+        str | None, typer.Option(help="The stage whose network it is, if the run exported several.", show_default=False)
+    ] = None,
+    limit: LimitOption = None,
+    why: WhyOption = "",
+    by: ByOption = None,
+    store: StoreOption = "artifacts",
+    as_json: JsonOption = False,
+) -> None:
+    """Makes a run's exported network the champion of a name; exit code 3 if it does not keep to the limits."""
+    from prune_jax.checkpoints import Store
+    from prune_jax.promotion import candidate, champion, reject
+    from prune_jax.promotion import promote as make_champion
+
+    artifacts = Store(store)
+    before, found, rows = champion(artifacts, as_), candidate(artifacts, name, network), []
+    if limit:
+        from prune_jax.contest import contest, contest_table
+        from prune_jax.gates import reason
+        from prune_jax.gates import rows as as_rows
+        from prune_jax.recipe import read_limits
+
+        _find_code(no_plugins=False)
+        judged = contest(artifacts, found, before.champion, read_limits({}, limit))
+        rows = as_rows(judged)
+        _console(as_json).print(contest_table(rows))
+        if no := reason(judged):
+            reject(artifacts, found, as_, checks=rows, why=no, by=by or "")
+            raise GateError(f"run {name!r} is not promoted to {as_!r}: {no}", {})
+    made = make_champion(artifacts, name, as_, network=network, expected=before.generation, checks=rows, by=by, why=why)
+    _tell_champion(made, as_json)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  prune-jax lifecycle my.yaml --as digits\n\n"
+    "  prune-jax lifecycle my.yaml --as digits --max-drop 0.005 --limit bytes=100000 --limit latency_ms.times=1.1\n\n"
+    "  PREFECT_API_URL=http://127.0.0.1:4200/api prune-jax lifecycle my.yaml --as digits --approval-seconds 86400"
+)
+def lifecycle(
+    recipe: RecipeArgument,
+    as_: AsOption,
+    max_drop: Annotated[float, typer.Option(help="Largest loss of the metric beside the champion, absolute.")] = 0.01,
+    limit: LimitOption = None,
+    approval_seconds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Wait so long for a person, who answers in Prefect's UI.", show_default=False),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="The stage whose network it is, if several are exported.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+    store: StoreOption = "artifacts",
+    runner: Annotated[
+        str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
+    ] = "threads",
+    no_plugins: PluginsOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Runs a recipe on today's data and promotes its network, or turns it away: exit code 3."""
+    _quiet()
+    _find_code(no_plugins)
+    from prune_jax.console import Board
+    from prune_jax.contest import contest_table
+    from prune_jax.launch import lifecycle as launch
+    from prune_jax.progress import Listeners, listeners
+    from prune_jax.recipe import read_limits
+
+    limits, console = read_limits({"max_drop": max_drop}, limit or ()), _console(as_json)
+    with Board(console) as board:
+        board.waiting("checking the recipe, starting Prefect")
+        listeners.set(Listeners(board.hear, board.finished))
+        signal.signal(signal.SIGINT, lambda *_: board.interrupt())
+        asked = {"limits": limits, "approval_seconds": approval_seconds, "network": network, "changes": set_ or ()}
+        found = launch(recipe, as_, store=store, runner=runner, no_plugins=no_plugins, **asked)  # type: ignore[arg-type]
+    if found["checks"]:
+        console.print(contest_table(found["checks"]))
+    console.print(f"[bold]{as_}[/] {found['outcome']}: {_escaped(found['message'])}", highlight=False, soft_wrap=True)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    if found["outcome"] == "failed":
+        raise typer.Exit(130 if board.interrupted else 2 if found["run"]["user_mistake"] else 1)
+    raise typer.Exit(3 if found["outcome"] == "rejected" else 0)
+
+
+@app.command(epilog="Example:\n\n  prune-jax rollback digits --why 'wrong on the new scanner'")
+def rollback(
+    name: Annotated[str, typer.Argument(help="Name of a champion.", show_default=False)],
+    why: WhyOption = "",
+    by: ByOption = None,
+    store: StoreOption = "artifacts",
+    as_json: JsonOption = False,
+) -> None:
+    """Makes the previous champion the champion again; another one takes back the promotion before."""
+    from prune_jax.checkpoints import Store
+    from prune_jax.promotion import rollback as take_back
+
+    _tell_champion(take_back(Store(store), name, by=by, why=why), as_json)
+
+
+@app.command(epilog="Examples:\n\n  prune-jax champions\n\n  prune-jax champions digits --json")
+def champions(
+    name: Annotated[
+        str | None, typer.Argument(help="Shows this one's history; left out, all.", show_default=False)
+    ] = None,
+    store: StoreOption = "artifacts",
+    as_json: JsonOption = False,
+) -> None:
+    """Lists who reigns under which name, or one champion's history: promoted, rolled back, rejected."""
+    from prune_jax.checkpoints import Store
+    from prune_jax.promotion import champion, champions_table, history_table, reigning
+    from prune_jax.promotion import champions as all_of
+
+    artifacts = Store(store)
+    found = all_of(artifacts) if name is None else [champion(artifacts, name)]
+    if name is not None and not found[0].history:
+        reigning(artifacts, name)  # refuses the name
+    if as_json:
+        told = [each.model_dump(mode="json") for each in found]
+        sys.stdout.write(json.dumps(told if name is None else told[0], indent=1) + "\n")
+    elif name is None:
+        _console().print(champions_table(found) if found else f"no champions in {store}")
+    else:
+        _console().print(history_table(found[0]))
+
+
+def _console(as_json: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def _tell_champion(made: Any, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(made.model_dump_json(indent=1) + "\n")
+        return
+    reign = made.champion
+    _console().print(
+        f"[bold]{_escaped(made.name)}[/] is {_escaped(reign.run)}'s {_escaped(reign.network)}, "
+        f"generation {made.generation}",
+        highlight=False,
+    )
+
+
 @app.command(epilog="Examples:\n\n  prune-jax verify\n\n  prune-jax verify lenet-300-100 --json")
 def verify(
     name: Annotated[
@@ -408,7 +576,7 @@ def _quiet() -> None:
 
 
 def main() -> NoReturn:
-    """Runs the command line. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130 interrupted."""
+    """Runs the command line. Exit codes: 0 done, 1 a stage failed, 2 bad input, 3 a gate said no, 130 interrupted."""
     gc.set_threshold(50_000)  # what imports make stays: a fifth of their time went into looking for garbage in it
     atexit.register(gc.freeze)  # and most of a second at the end
     for stream in (sys.stdout, sys.stderr):
@@ -421,7 +589,7 @@ def main() -> NoReturn:
         raise SystemExit(2) from None
     except PruneError as error:
         sys.stderr.write(f"{error}\n")
-        raise SystemExit(1) from None
+        raise SystemExit(3 if isinstance(error, GateError) else 1) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from what is done\n")
         raise SystemExit(130) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class PruneError(Exception):
@@ -40,6 +41,22 @@ class StoreError(PruneError):
 
 class GuardBreachError(PruneError):
     """A guard whose breach means failure was breached."""
+
+
+class GateError(PruneError):
+    """A gate said no. Exit code 3.
+
+    Attributes:
+        metrics: what it found, check by check.
+    """
+
+    def __init__(self, message: str, metrics: dict[str, Any]):
+        super().__init__(message)
+        self.metrics = metrics
+
+
+class PromotionError(PruneError):
+    """Somebody else promoted meanwhile: what was decided was decided against another champion."""
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

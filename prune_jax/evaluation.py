@@ -6,6 +6,7 @@ import io
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prune_jax.costs import cost
-from prune_jax.errors import DivergedError
+from prune_jax.errors import DivergedError, UserMistake
 from prune_jax.objectives import Objective, inputs_of
 from prune_jax.trees import PyTree, leaves_by_path
 
@@ -99,6 +100,45 @@ def evaluate(
         DivergedError: the loss of some example is not finite.
     """
     return evaluator(network, objective, batch_size=batch_size)(variables, split, name=name)
+
+
+@dataclass(frozen=True)
+class _Noisy:
+    """Records with noise on their inputs, each drawn from its place alone."""
+
+    records: Any
+    noise: float
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self.records[index]
+        random = np.random.RandomState([self.seed, index])
+        return {**record, "x": _with_noise(record["x"], self.noise, random)}
+
+
+def noisy(split: Any, noise: float, seed: int = 0) -> Any:
+    """The same examples with `x + noise * n` in the place of x, n normal and the same for the same seed.
+
+    Args:
+        split: arrays by name, or a sequence of records, as `evaluate` takes it.
+        noise: standard deviation, in units of the inputs.
+        seed: of n.
+
+    Raises:
+        UserMistake: the inputs are integers.
+    """
+    if isinstance(split, Mapping):
+        return {**split, "x": _with_noise(split["x"], noise, np.random.RandomState(seed))}
+    return _Noisy(getattr(split, "dataset", split), noise, seed)
+
+
+def _with_noise(x: np.ndarray, noise: float, random: np.random.RandomState) -> np.ndarray:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserMistake(f"noise on inputs needs floats, but x is {x.dtype}; leave `robustness` out")
+    return x + (noise * random.standard_normal(x.shape)).astype(x.dtype)
 
 
 def _size(split: Any) -> int:

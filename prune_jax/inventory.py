@@ -6,11 +6,12 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from prune_jax.checkpoints import AT_WORK, Store
+from prune_jax.checkpoints import AT_WORK, CHAMPIONS, Store
 from prune_jax.errors import UserMistake
 from prune_jax.files import files_below
 from prune_jax.plan import VERSIONS
@@ -31,8 +32,13 @@ class Record(NamedTuple):
 
     @property
     def refs(self) -> set[Ref]:
-        """The artifacts of its stages."""
-        return {ref for ref, status in self._stages() if status in DONE}
+        """The artifacts of its stages, and the data that were put aside for it."""
+        return {ref for ref, status in self._stages() if status in DONE} | self._snapshot()
+
+    def _snapshot(self) -> set[Ref]:
+        path = (self.content or {}).get("recipe", {}).get("data", {}).get("path")
+        kind, key = Path(path).parts[-3:-1] if isinstance(path, str) and path.count("/") > 2 else ("", "")
+        return {Ref(kind, key)} if kind == "snapshot" else set()
 
     @property
     def begun(self) -> set[Ref]:
@@ -90,7 +96,12 @@ def leftovers(store: Store) -> list[Leftover]:
             found.append(Leftover(entry, ref, "step checkpoints"))
     runs = store.root / RECORDS
     nested = chain.from_iterable((run, *_folders(run)) for run in _folders(runs))
-    for entry in (e for folder in (store.root, runs, *nested) if folder.exists() for e in sorted(folder.iterdir())):
+    for entry in (
+        e
+        for folder in (store.root, runs, store.root / CHAMPIONS, *nested)
+        if folder.exists()
+        for e in sorted(folder.iterdir())
+    ):
         if entry.name.endswith(".tmp"):
             found.append(Leftover(entry, None, "half-written"))
         elif entry.name.endswith(AT_WORK):

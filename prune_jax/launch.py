@@ -12,7 +12,8 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
 from prune_jax.plan import Plan
 from prune_jax.preparation import check_networks, is_cached, prepare
-from prune_jax.recipe import Recipe, StageResult, check_run_name, read_recipe
+from prune_jax.promotion import champion
+from prune_jax.recipe import Limits, Recipe, StageResult, check_run_name, parents_of, read_recipe
 from prune_jax.records import Run
 from prune_jax.registry import without_plugins
 
@@ -52,6 +53,84 @@ def run(
         return _run(recipe, store=store, name=name, changes=changes, runner=runner)
 
 
+def lifecycle(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    name: str,
+    *,
+    store: str | os.PathLike[str] = "artifacts",
+    limits: Limits = Limits(max_drop=0.01),  # noqa: B008  (frozen)
+    approval_seconds: int | None = None,
+    network: str | None = None,
+    changes: Iterable[str] = (),
+    runner: str = "threads",
+    no_plugins: bool = False,
+) -> dict[str, Any]:
+    """Runs a recipe on today's data and promotes its network if it keeps to the limits.
+
+    Args:
+        recipe: a YAML path, the name of a built-in recipe, a mapping, or a recipe.
+        name: the champion's.
+        store: the folder in which artifacts, records and champions lie.
+        limits: what the candidate must keep to, some of it beside the champion.
+        approval_seconds: wait so long for a person, who answers in the UI; left out, nobody is asked.
+        network: the stage whose network it is, if the recipe exports several.
+        changes: `"stages.train.epochs=3"`: set before the recipe is checked.
+        runner: `threads` runs independent branches side by side, `local` one stage at a time.
+        no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
+
+    Returns:
+        `outcome`: promoted, rejected, unchanged or failed; `message`, why; `checks`; `generation`; `run`, the record.
+
+    Raises:
+        UserMistake: the recipe is wrong, or makes no network that can be promoted.
+        PromotionError: somebody else promoted meanwhile.
+    """
+    from prune_jax.flows import server
+
+    with without_plugins(no_plugins):
+        wanted = read_recipe(recipe, changes=changes)
+        _check_promotable(wanted)
+        _check_runner(runner)
+        champion(Store(store), name)
+        configured = server.configured()
+        if approval_seconds is not None and not configured:
+            raise UserMistake(
+                "approval is given in the UI of a Prefect server that stays: start one (`prefect server start`) and "
+                "set PREFECT_API_URL, such as http://127.0.0.1:4200/api; or leave --approval-seconds out"
+            )
+        temporary = None if configured else server.start_early()
+        prepare(wanted)
+
+    from prune_jax.flows.lifecycle import run_lifecycle
+
+    settings = {"limits": limits, "approval_seconds": approval_seconds, "network": network, "no_plugins": no_plugins}
+    with server.in_use(temporary) if temporary else nullcontext():
+        side_by_side = 1 if runner == "local" else None
+        return run_lifecycle(wanted, name=name, store=str(store), side_by_side=side_by_side, **settings)
+
+
+def _check_promotable(recipe: Recipe) -> None:
+    """Refuses recipes of whose run nothing could be promoted."""
+    stages, wiring = recipe.stages, parents_of(recipe.stages)
+    exported = {wiring[n][0] for n, stage in stages.items() if stage.kind == "export" and "stablehlo" in stage.formats}
+    judged = {parent for n, stage in stages.items() if stage.kind == "evaluate" for parent in wiring[n]}
+    if not exported:
+        raise UserMistake(
+            f"{recipe.name}: stages: none exports StableHLO, and only an export can be promoted; add one such as "
+            "`export: {kind: export, of: compact, formats: [stablehlo]}`"
+        )
+    if not exported & judged:
+        raise UserMistake(
+            f"{recipe.name}: stages: none evaluates what is exported, {', '.join(sorted(exported))}; add one such as "
+            f"`evaluate: {{kind: evaluate, of: [{sorted(exported)[0]}]}}`"
+        )
+
+
+def _check_runner(runner: str) -> None:
+    if runner not in RUNNERS:
+        raise UserMistake(f"runner = {runner!r}: is not known (allowed: {', '.join(RUNNERS)})")
+
+
 def _run(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *,
@@ -63,8 +142,7 @@ def _run(
     wanted = read_recipe(recipe, changes=changes)
     name = name or wanted.name
     check_run_name(name)
-    if runner not in RUNNERS:
-        raise UserMistake(f"runner = {runner!r}: is not known (allowed: {', '.join(RUNNERS)})")
+    _check_runner(runner)
     artifacts = Store(store)
     plan = prepare(wanted)
     cached = is_cached(plan, artifacts)

@@ -42,6 +42,8 @@ VERSIONS = {
     "compact": 1,
     "export": 1,
     "evaluate": 2,
+    "gate": 1,
+    "snapshot": 1,
 }
 METHODS = {"static": 2, "set": 2, "rigl": 2}  # of training methods that answer otherwise than at first
 KEY_LENGTH = 20
@@ -144,6 +146,25 @@ def shape_call(
         key=key_of(kind, settings=settings, network=network.key, **_problem_part(problem)),
         settings=settings,
         inputs={"network": network},
+        problem=problem,
+        **more,
+    )
+
+
+def gate_call(
+    name: str, problem: Problem, settings: dict[str, Any], network: Ref, against: Ref | None, **more: Any
+) -> StageCall:
+    """Whether a network keeps to its limits, some of them beside another network."""
+    inputs = {"network": network} | ({"against": against} if against else {})
+    keys = {role: ref.key for role, ref in inputs.items()}
+    content = {"settings": settings, "inputs": keys, "data": problem.data_digest, "objective": problem.objective}
+    return StageCall(
+        name=name,
+        label="gate",
+        kind="gate",
+        key=key_of("gate", **content),
+        settings=settings,
+        inputs=inputs,
         problem=problem,
         **more,
     )
@@ -324,7 +345,8 @@ def _single_plan(recipe: Recipe, data_digest: str, code: dict[str, str]) -> Plan
         calls[name] = call
         dense = tuple(role for role in call.inputs if stage.kind == "evaluate" and role not in wiring[name])
         scored = wiring[wiring[name][0]] if stage.kind == "mask" else ()
-        taught = (call.origin.name,) if call.origin and call.inputs.get("teacher") == call.origin.ref else ()
+        beside = (call.inputs.get("teacher"), call.inputs.get("against"))
+        taught = (call.origin.name,) if call.origin and call.origin.ref in beside else ()
         after[name] = tuple(dict.fromkeys((*dense, *scored, *wiring[name], *taught, *(extra.name for extra in before))))
     return Plan(recipe, tuple(calls.values()), after)
 
@@ -358,6 +380,10 @@ def _calls_of(name: str, stage: Any, recipe: Recipe, problem: Problem, parents: 
             return [mask_call(name, problem, settings, network, parent.ref, level, **operations)]
         case "compact" | "export":
             return [shape_call(stage.kind, name, problem, settings, parent.ref, seed=seed, **operations)]
+        case "gate":
+            other = parents[1] if len(parents) > 1 else origin
+            against = other.ref if stage.relative else None
+            return [gate_call(name, problem, settings, parent.ref, against, seed=seed, **operations)]
         case "finetune" | "distill":
             rewind = rewind_call(settings.get("rewind"), origin, name)
             settings = retraining(settings, origin)

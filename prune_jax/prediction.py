@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from prune_jax.archives import read_archive
-from prune_jax.checkpoints import Store
+from prune_jax.checkpoints import CHAMPIONS, Store
 from prune_jax.errors import DamagedArtifactError, UserMistake
 from prune_jax.export import EXTENSIONS, load_stablehlo
+from prune_jax.promotion import reigning
 from prune_jax.recipe import Ref
 
 NAMES = ("x", "lengths")
@@ -20,7 +21,7 @@ def predict(store: Store, run: str, inputs: Mapping[str, np.ndarray], *, stage: 
 
     Args:
         store: where the run lies.
-        run: its name.
+        run: its name; or `champions/NAME`, the champion of that name.
         inputs: `x`, and `lengths` where the network takes them, each with a batch axis in front.
         stage: the export, if the run has several; left out, the last.
 
@@ -38,6 +39,10 @@ def predict(store: Store, run: str, inputs: Mapping[str, np.ndarray], *, stage: 
 
 
 def _exported(store: Store, run: str, stage: str | None) -> bytes:
+    if run.startswith(f"{CHAMPIONS}/"):
+        reign = reigning(store, run.removeprefix(f"{CHAMPIONS}/")).champion
+        assert reign is not None
+        return _program(store, reign.export)
     stages = store.record(run).get("stages", {})
     exports = {n: s for n, s in stages.items() if s["kind"] == "export" and "stablehlo" in s.get("metrics", {})}
     if stage is not None and stage not in exports:
@@ -48,8 +53,12 @@ def _exported(store: Store, run: str, stage: str | None) -> bytes:
             "`export: {kind: export, formats: [stablehlo]}` to its recipe and run it"
         )
     chosen = exports[stage or list(exports)[-1]]
-    ref = Ref(chosen["kind"], chosen["key"])
-    if damage := store.damage(ref):
+    return _program(store, Ref(chosen["kind"], chosen["key"]))
+
+
+def _program(store: Store, ref: Ref) -> bytes:
+    damage = f"{store.path(ref)} is missing" if store.meta(ref) is None else store.damage(ref)
+    if damage:
         raise DamagedArtifactError(f"{damage}. Run the recipe again: it will be made anew.")
     return (store.path(ref) / EXTENSIONS["stablehlo"]).read_bytes()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError, UserMistake, did_you_mean
@@ -13,6 +13,7 @@ from prune_jax.problems import code_of, data_of
 from prune_jax.recipe import (
     CustomMethod,
     CustomModel,
+    Limits,
     Problem,
     Prune,
     Recipe,
@@ -24,6 +25,10 @@ from prune_jax.recipe import (
 )
 from prune_jax.registry import check_plugin
 from prune_jax.rounds import is_sound
+
+if TYPE_CHECKING:
+    from prune_jax.datasets import Dataset
+    from prune_jax.objectives import Objective
 
 
 def prepare(recipe: Recipe) -> Plan:
@@ -118,6 +123,9 @@ def _check_names(recipe: Recipe) -> None:
         if stage.kind == "export":
             with _at(recipe.name, f"{where}.formats", list(stage.formats)):
                 _check_formats(stage.formats)
+        if stage.kind == "gate":
+            with _at(recipe.name, f"{where}.metric", stage.metric):
+                check_limits(stage, goal, data)
         if stage.kind == "prune" and stage.search:
             with _at(recipe.name, f"{where}.search.folds", stage.search.folds):
                 data_of(recipe.data, (0, stage.search.folds))
@@ -203,6 +211,17 @@ def _training_steps(training: StageCall, fold: tuple[int, int] | None) -> int:
     epochs, steps = training.settings.get("epochs"), training.settings.get("steps")
     total = length(split, batch_size=training.problem.data.batch_size, epochs=epochs, steps=steps)[1]
     return total - training.settings.get("begin_step", 0)
+
+
+def check_limits(limits: Limits, goal: Objective, data: Dataset) -> None:
+    """Refuses a metric that the objective does not have, and noise on inputs that take none."""
+    import numpy as np
+
+    from prune_jax.problems import sample_of
+
+    _known("metric", limits.metric or goal.primary, ["loss", *goal.metrics])
+    if limits.robustness and not np.issubdtype(sample_of(data)["x"].dtype, np.floating):
+        raise UserMistake("robustness puts noise on floats, but x holds integers; leave `robustness` out")
 
 
 def _metrics(stage: Any) -> Iterator[tuple[str, str]]:

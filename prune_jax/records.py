@@ -41,7 +41,7 @@ class Run:
         """Writes the record and answers it."""
         stages = {name: self._stage(name, result) for name, result in results.items()}
         evaluated = self._results(results)
-        failed = [r for r in results.values() if r.status == "failed"]
+        failed = sorted((r for r in results.values() if r.status == "failed"), key=lambda r: r.rejected)
         recipe = self.plan.recipe.model_dump(mode="json", exclude_unset=True)
         record = {
             "name": self.name,
@@ -50,7 +50,8 @@ class Run:
             "seconds": round(time.perf_counter() - self.clock, 3),
             "status": "failed" if failed else "completed",
             "user_mistake": any(r.user_mistake for r in failed),
-            "message": f"{failed[0].name} failed: {failed[0].message}"
+            "rejected": bool(failed) and all(r.rejected for r in failed),
+            "message": f"{failed[0].name} {'said no' if failed[0].rejected else 'failed'}: {failed[0].message}"
             if failed
             else _headline(stages, evaluated, recipe),
             "versions": versions(),

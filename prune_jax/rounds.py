@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 from prune_jax import schedules
 from prune_jax.checkpoints import Store
 from prune_jax.errors import GuardBreachError, PruneError
+from prune_jax.gates import HIGHER_IS_BETTER
 from prune_jax.objectives import objective
 from prune_jax.plan import finetune_call, mask_call, retraining, rewind_call, score_call, train_call
 from prune_jax.recipe import Guard, Iterative, Prune, Ref, Search, StageCall, StageResult, Target, untargeted
 
 T = TypeVar("T")
 Dialogue = Generator[list[StageCall], list[StageResult], T]
-HIGHER_IS_BETTER = {"accuracy"}
 
 
 @dataclass

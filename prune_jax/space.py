@@ -42,7 +42,7 @@ def space_of(call: StageCall) -> int:
     state M a training writes (kept + 1) step checkpoints of V + M and an artifact of as much. A score is 4 bytes a
     weight; an export writes V in each of its formats, with a half for what stands beside the numbers.
     """
-    if call.kind == "evaluate":
+    if call.kind in {"evaluate", "gate"}:
         return SPARE
     variables, weights = _sizes(network_of(call.problem))
     network = variables + weights + SPARE

@@ -15,9 +15,10 @@ from pydantic import TypeAdapter
 from prune_jax.checkpoints import Store
 from prune_jax.criteria import find
 from prune_jax.datasets import Dataset
-from prune_jax.errors import NonFiniteResultError
-from prune_jax.evaluation import describe, latencies, peak_bytes
+from prune_jax.errors import GateError, NonFiniteResultError
+from prune_jax.evaluation import describe, latencies, noisy, peak_bytes
 from prune_jax.export import EXTENSIONS, WRITERS
+from prune_jax.gates import NOISY, checks, reason, rows
 from prune_jax.granularity import check_granularity
 from prune_jax.group_scoring import score_groups
 from prune_jax.group_stages import WIRED, compact, kinds_of, mask_groups
@@ -47,11 +48,11 @@ from prune_jax.networks import (
     temperature_of,
     validated,
 )
-from prune_jax.objectives import inputs_of
+from prune_jax.objectives import inputs_of, objective
 from prune_jax.perturbation import perturbed
 from prune_jax.problems import dataset_of, network_of, sample_of
 from prune_jax.progress import Progress, Report, silent
-from prune_jax.recipe import EXPORTS, Evaluate, Optimizer, Sparsify, StageCall, StageResult, Status, Teaching
+from prune_jax.recipe import EXPORTS, Evaluate, Limits, Optimizer, Sparsify, StageCall, StageResult, Status, Teaching
 from prune_jax.schedules import iterative
 from prune_jax.scoring import compensate, mask, prunable_paths, score
 from prune_jax.space import check_space
@@ -319,6 +320,36 @@ def evaluate(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Met
     return {}, {call.inputs[name].key: facts for name, facts in found.items()}
 
 
+def gate(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
+    """Holds a network to its limits on the test split, beside another one where some of them compare.
+
+    Raises:
+        GateError: it does not keep to them.
+    """
+    data, limits = dataset_of(call.problem), Limits(**call.settings)
+    metric = limits.metric or objective(call.problem.objective).primary
+    loaded = {role: read_network(store, ref) for role, ref in call.inputs.items()}
+    networks = {role: (network_for(call.problem, each.keep), each.variables) for role, each in loaded.items()}
+    found: dict[str, Any] = {}
+    for i, (role, (network, variables)) in enumerate(networks.items()):
+        report(Progress(call.name, call.label, i, len(networks), "network"))
+        measure = evaluator_of(network, call.problem.objective, call.problem.data.batch_size)
+        found[role] = measure(variables, data.test)
+        found[role] |= describe(network, variables, loaded[role].masks, inputs_of(sample_of(data)))
+        if robust := limits.robustness:
+            noise = noisy(data.test, robust.noise, robust.seed)
+            found[role][NOISY] = measure(variables, noise, name="noisy test")[metric]
+    if limits.latency_ms:
+        sizes = [limits.latency_batch]
+        for role, times in latencies(networks, functools.partial(repeated, sample_of(data)), sizes).items():
+            found[role]["latency_ms"] = times
+    judged = checks(limits, found["network"], found.get("against"), metric=metric)
+    told = {"checks": rows(judged)}
+    if no := reason(judged):
+        raise GateError(no, told)
+    return {}, told
+
+
 STAGES: dict[str, Callable[[StageCall, Store, Report], tuple[Any, ...]]] = {
     "train": train,
     "score": score_units,
@@ -329,4 +360,5 @@ STAGES: dict[str, Callable[[StageCall, Store, Report], tuple[Any, ...]]] = {
     "compact": compact,
     "export": export,
     "evaluate": evaluate,
+    "gate": gate,
 }

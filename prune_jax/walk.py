@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from prune_jax.checkpoints import Store
-from prune_jax.errors import PruneError, UserMistake
+from prune_jax.errors import GateError, PruneError, UserMistake
 from prune_jax.plan import Plan
 from prune_jax.recipe import Ref, StageCall, StageResult, Status
 from prune_jax.rounds import is_sound, prune_rounds
@@ -62,7 +62,7 @@ class _Walk:
         if call.kind == "prune" and not is_sound(call, self.store):
             rounds = prune_rounds(call, self._metrics_of)
             self._advance(call, rounds, None)
-        elif call.kind == "evaluate" and not self.store.intact(call.ref):
+        elif is_timed(call) and not self.store.intact(call.ref):
             self.alone.append(call)
         else:
             self._want(call, partial(self._finish, call.name))
@@ -139,6 +139,11 @@ def walk(plan: Plan, store: Store, submit: Submit, *, side_by_side: int = 1) -> 
     return _Walk(plan, store, submit, side_by_side).run()
 
 
+def is_timed(call: StageCall) -> bool:
+    """Whether a call measures times, and so wants the machine for itself."""
+    return call.kind == "evaluate" or (call.kind == "gate" and "latency_ms" in call.settings)
+
+
 def failure(call: StageCall, error: BaseException) -> StageResult:
     """The result of a call that raised."""
     return StageResult(
@@ -147,7 +152,9 @@ def failure(call: StageCall, error: BaseException) -> StageResult:
         key=call.key,
         status="failed",
         message=str(error) if isinstance(error, PruneError) else f"{type(error).__name__}: {error}",
+        metrics=error.metrics if isinstance(error, GateError) else {},
         user_mistake=isinstance(error, UserMistake),
+        rejected=isinstance(error, GateError),
     )
 
 

@@ -18,8 +18,9 @@ from prune_jax.flows.prune import prune, run_flow
 from prune_jax.flows.tasks import delays
 
 from prune_jax.checkpoints import Store
-from prune_jax.launch import run
-from prune_jax.recipe import read_recipe
+from prune_jax.launch import lifecycle, run
+from prune_jax.promotion import champion
+from prune_jax.recipe import Limits, read_recipe
 from tests.plain import EVALUATE, PRUNE, TRAIN, arrays, run_plain, same_bytes, tiny
 from tests.samples import faults
 
@@ -45,7 +46,7 @@ def told(name):
     """The flow run of that name as the server tells it, and its task runs, once all have come in."""
     with get_client(sync_client=True) as client:
         for _ in range(100):
-            (flow_run,) = flow_runs(client, name)
+            flow_run, *_ = flow_runs(client, name)
             wanted = FlowRunFilter(id={"any_": [flow_run.id]})
             runs = client.read_task_runs(flow_run_filter=wanted, sort=TaskRunSort.EXPECTED_START_TIME_ASC, limit=100)
             if runs and all(r.state and r.state.is_final() for r in runs):
@@ -319,3 +320,20 @@ def test_a_bad_recipe_writes_nothing_and_is_not_a_run(tmp_path):
     assert not (tmp_path / "store").exists()
     with get_client(sync_client=True) as client:
         assert not flow_runs(client, "bad · seed 0")
+
+
+def test_the_lifecycle_turns_away_and_promotes(tmp_path):
+    stages = {
+        "train": TRAIN,
+        "export": {"kind": "export", "formats": ["stablehlo"]},
+        "evaluate": {"kind": "evaluate", "latency": None},
+    }
+    raw = tiny(model={"kind": "linear"}, **stages)
+    rejected = lifecycle(raw, "nets", store=tmp_path, limits=Limits(params=14))
+    assert (rejected["outcome"], rejected["message"]) == ("rejected", "params is 15, allowed is at most 14")
+    promoted = lifecycle(raw, "nets", store=tmp_path)
+    assert (promoted["outcome"], promoted["run"]["name"]) == ("promoted", rejected["run"]["name"])
+    now = champion(Store(tmp_path), "nets")
+    assert [(entry.action, entry.generation) for entry in now.history] == [("rejected", 0), ("promoted", 1)]
+    flow_run, _ = told("nets · tiny")
+    assert (flow_run.state.name, flow_run.state.message) == ("Promoted", promoted["message"])

@@ -105,7 +105,7 @@ EXACT = [
         "stages/train/kind",
         "trian",
         "stages.train.kind = 'trian': is not known; did you mean 'train'? "
-        "(allowed: train, score, mask, finetune, distill, prune, compact, export, evaluate)",
+        "(allowed: train, score, mask, finetune, distill, prune, compact, export, evaluate, gate)",
     ),
     (
         "stages/train/optimizer",

@@ -14,7 +14,7 @@ def npz(*, path: str) -> dict[str, Any]:
     """`x_train`, `y_train`, `x_test`, `y_test`, and for padded sequences `len_train` and `len_test`; nothing pickled.
 
     Args:
-        path: the file; as `numpy.savez(path, x_train=..., ...)` writes it.
+        path: the file; as `numpy.savez(path, x_train=..., ...)` writes it, perhaps with `classes`, a number.
     """
     file = Path(os.path.expanduser(path))
     if not os.path.isfile(file):  # and not `file.is_file()`, which raises where a name is too long
@@ -26,4 +26,7 @@ def npz(*, path: str) -> dict[str, Any]:
             else ""
         )
         raise UserMistake(f"there is no such file{near} (looked in {file.parent.resolve()})")
-    return {"note": file.name} | read_archive(file)
+    arrays: dict[str, Any] = read_archive(file)
+    if "classes" in arrays and arrays["classes"].ndim == 0 and arrays["classes"].dtype.kind == "i":
+        arrays["classes"] = int(arrays["classes"])
+    return {"note": file.name} | arrays

@@ -39,6 +39,12 @@ def to_stablehlo(forward: Forward, inputs: Sequence[Any]) -> bytes:
 
 
 def load_stablehlo(data: bytes) -> Callable[..., np.ndarray]:
+    """The function in a file that `to_stablehlo` made, of arrays; see `read_stablehlo`."""
+    call = jax.jit(read_stablehlo(data))
+    return lambda *inputs: np.asarray(call(*inputs))
+
+
+def read_stablehlo(data: bytes) -> Forward:
     """The function in a file that `to_stablehlo` made; no model code is needed, and nothing is unpickled.
 
     A program of somebody else's computes and does nothing else: one that would call back into Python is refused.
@@ -59,8 +65,7 @@ def load_stablehlo(data: bytes) -> Callable[..., np.ndarray]:
             f"the StableHLO program calls {host[0]!r}, which runs code outside it; no network needs that. Export the "
             "network anew, from a recipe of your own."
         )
-    call = jax.jit(program.call)
-    return lambda *inputs: np.asarray(call(*inputs))
+    return program.call
 
 
 def _called(program: export.Exported) -> set[str]:

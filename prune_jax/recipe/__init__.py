@@ -1,6 +1,8 @@
 """What is wanted: frozen models of recipes, read once, at the edge."""
 
 from prune_jax.recipe.calls import Problem, Ref, StageCall, StageResult, Status, digest
+from prune_jax.recipe.champion import Champion, Entry, why_no_champion
+from prune_jax.recipe.limits import Limits, Times
 from prune_jax.recipe.model import BUILT_IN_MODELS, CustomModel
 from prune_jax.recipe.parts import (
     Data,
@@ -15,12 +17,13 @@ from prune_jax.recipe.parts import (
     Target,
     Teaching,
 )
-from prune_jax.recipe.read import built_in, check_run_name, is_run_name, read_recipe, validate, with_value
+from prune_jax.recipe.read import built_in, check_run_name, is_run_name, read_limits, read_recipe, validate, with_value
 from prune_jax.recipe.recipe import (
     EXPORTS,
     Distill,
     Evaluate,
     Finetune,
+    Gate,
     Mask,
     Prune,
     Recipe,
@@ -39,15 +42,19 @@ __all__ = [
     "EXPORTS",
     "NETWORKS",
     "TUNED",
+    "Champion",
     "CustomMethod",
     "CustomModel",
     "Data",
     "Distill",
+    "Entry",
     "Evaluate",
     "Finetune",
     "Frozen",
+    "Gate",
     "Guard",
     "Iterative",
+    "Limits",
     "Mask",
     "Operation",
     "Optimizer",
@@ -66,6 +73,7 @@ __all__ = [
     "Status",
     "Target",
     "Teaching",
+    "Times",
     "Train",
     "built_in",
     "check_run_name",
@@ -73,9 +81,11 @@ __all__ = [
     "is_run_name",
     "parents_of",
     "printable",
+    "read_limits",
     "read_recipe",
     "untargeted",
     "validate",
+    "why_no_champion",
     "why_no_record",
     "with_value",
 ]

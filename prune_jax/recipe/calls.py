@@ -64,6 +64,7 @@ class StageResult(Frozen):
     metrics: dict[str, Any] = Field(default_factory=dict)
     message: str = ""
     user_mistake: bool = Field(default=False, description="trying again will not help")
+    rejected: bool = Field(default=False, description="a gate said no")
 
     @property
     def ref(self) -> Ref:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.recipe.bounds import BYTES, DEPTH, PARTS
+from prune_jax.recipe.limits import Limits
 from prune_jax.recipe.recipe import Recipe
 
 RECIPES = resources.files("prune_jax.recipes")
@@ -60,6 +61,25 @@ def validate(raw: Mapping[str, Any], label: str) -> Recipe:
     except ValidationError as error:
         lines = [f"{label}: {line}" for line in explain(error, raw)]
         raise UserMistake("\n".join(lines)) from None
+
+
+def read_limits(given: Mapping[str, Any], changes: Iterable[str] = ()) -> Limits:
+    """Reads limits.
+
+    Args:
+        given: a mapping.
+        changes: `"bytes.times=1"`: set before the limits are checked; values are YAML.
+
+    Raises:
+        UserMistake: one line for each mistake.
+    """
+    raw = dict(given)
+    for change in changes:
+        raw = _with_change(raw, change, "--limit", "max_drop=0.01")
+    try:
+        return Limits.model_validate(raw)
+    except ValidationError as error:
+        raise UserMistake("\n".join(f"limits: {line}" for line in explain(error, raw))) from None
 
 
 def check_run_name(name: str) -> None:
@@ -174,17 +194,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _with_change(raw: dict[str, Any], change: str) -> dict[str, Any]:
+def _with_change(
+    raw: dict[str, Any], change: str, option: str = "--set", example: str = "stages.train.epochs=3"
+) -> dict[str, Any]:
     path, equals, text = change.partition("=")
     if not equals or not path.strip():
-        raise UserMistake(f"--set {change}: write path=value, such as --set stages.train.epochs=3")
+        raise UserMistake(f"{option} {change}: write path=value, such as {option} {example}")
     try:
         value = yaml.load(text[: BYTES + 1], _Loader)
     except (yaml.YAMLError, RecursionError):
-        raise UserMistake(f"--set {_short(change)[1:-1]}: {_short(text)} is not a YAML value") from None
+        raise UserMistake(f"{option} {_short(change)[1:-1]}: {_short(text)} is not a YAML value") from None
     steps = path.strip().split(".")
     if len(steps) > DEPTH:
-        raise UserMistake(f"--set {_short(change)[1:-1]}: the path is more than {DEPTH} deep")
+        raise UserMistake(f"{option} {_short(change)[1:-1]}: the path is more than {DEPTH} deep")
     stages = [str(name) for name in raw["stages"]] if isinstance(raw.get("stages"), Mapping) else []
     if steps[0] == "stages" and len(steps) > 2 and steps[1] not in stages:
         raise UserMistake(

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from prune_jax.notation import read_granularity
 from prune_jax.recipe.bounds import check_bounds, check_rows
+from prune_jax.recipe.limits import LIMITS, Limits
 from prune_jax.recipe.model import Model
 from prune_jax.recipe.moments import check_moments
 from prune_jax.recipe.parts import (
@@ -326,8 +327,27 @@ class Evaluate(Stage):
         return (self.of,) if isinstance(self.of, str) else tuple(self.of or ())
 
 
+class Gate(Stage, Limits):
+    """Fails the run if a network does not keep to its limits on the untouched test split."""
+
+    kind: Literal["gate"]
+    against: str | None = Field(default=None, description="what limits compare with; left out, the dense training")
+
+    def settings(self) -> dict[str, Any]:
+        """What goes into the key; of `against`, that stage's own key does."""
+        return {name: value for name, value in super().settings().items() if name != "against"}
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Gate:
+        if all(getattr(self, name) is None for name in LIMITS):
+            raise ValueError(f"limits nothing; say one of {', '.join(LIMITS)}")
+        if self.against and not self.relative:
+            raise mistake("against", "is compared with nothing; add `max_drop`, or a budget such as {times: 0.5}")
+        return self
+
+
 AnyStage = Annotated[
-    Train | Score | Mask | Finetune | Distill | Prune | Compact | Export | Evaluate, Field(discriminator="kind")
+    Train | Score | Mask | Finetune | Distill | Prune | Compact | Export | Evaluate | Gate, Field(discriminator="kind")
 ]
 
 

@@ -21,17 +21,21 @@ TAKES = {
     "compact": NETWORKS,
     "export": NETWORKS,
     "evaluate": NETWORKS,
+    "gate": NETWORKS,
 }
 
 
 def parents_of(stages: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """By stage, those whose results it takes: those that it names, else the one above that fits; and a teacher."""
+    """By stage, those whose results it takes: those that it names, else the one above that fits; then the other one.
+
+    The other one is a teacher, or what a gate compares with.
+    """
     above: list[str] = []
     wiring = {}
     for name, stage in stages.items():
         fitting = [n for n in above if stages[n].kind in TAKES[stage.kind]]
-        teacher = tuple(teacher for _, teacher in _taught(stage))
-        wiring[name] = (*(stage.parents or ((fitting[-1],) if fitting and TAKES[stage.kind] else ())), *teacher)
+        others = tuple(other for _, other in _others(stage))
+        wiring[name] = (*(stage.parents or ((fitting[-1],) if fitting and TAKES[stage.kind] else ())), *others)
         above.append(name)
     return wiring
 
@@ -42,7 +46,7 @@ def check_wiring(stages: Mapping[str, Any]) -> None:
     for name, stage in stages.items():
         fit = TAKES[stage.kind]
         field = "of" if getattr(stage, "of", None) else "after"
-        for where, parent in (*((field, parent) for parent in stage.parents), *_taught(stage)):
+        for where, parent in (*((field, parent) for parent in stage.parents), *_others(stage)):
             if parent not in stages:
                 raise mistake(
                     f"{name}.{where}", f"names no stage{did_you_mean(parent, stages)} (stages above: {_listed(above)})"
@@ -65,8 +69,10 @@ def check_wiring(stages: Mapping[str, Any]) -> None:
         above.append(name)
 
 
-def _taught(stage: Any) -> tuple[tuple[str, str], ...]:
-    """Where a stage names its teacher, and whom; nothing if it names none."""
+def _others(stage: Any) -> tuple[tuple[str, str], ...]:
+    """Where a stage names its teacher, or what a gate compares with, and whom; nothing if it names none."""
+    if against := getattr(stage, "against", None):
+        return (("against", against),)
     teaching = getattr(getattr(stage, "finetune", None), "distill", None)
     where, teacher = ("finetune.distill.teacher", teaching.teacher) if teaching else ("teacher", None)
     teacher = teacher or getattr(stage, "teacher", None)
