@@ -107,7 +107,10 @@ class Transformer(Frozen):
 class CustomModel(Frozen):
     """A Flax NNX or Linen module, or a function that answers one: `my_pkg.nets:Net`."""
 
-    kind: str = Field(description="module:object, or the name of an installed plug-in")
+    kind: str = Field(
+        description="module:object, or the name of an installed plug-in",
+        json_schema_extra=lambda schema: schema.update({"not": {"enum": list(BUILT_IN_MODELS)}}),
+    )
     args: Arguments = Field(default_factory=dict)
 
     @model_validator(mode="before")
