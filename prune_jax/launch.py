@@ -15,6 +15,7 @@ from prune_jax.preparation import check_networks, is_cached, prepare
 from prune_jax.recipe import Recipe, StageResult, check_run_name, read_recipe
 from prune_jax.records import Run
 from prune_jax.registry import without_plugins
+from prune_jax.shares import settle
 
 RUNNERS = ("threads", "local")
 
@@ -60,6 +61,7 @@ def _run(
     changes: Iterable[str],
     runner: str,
 ) -> dict[str, Any]:
+    settle()
     wanted = read_recipe(recipe, changes=changes)
     name = name or wanted.name
     check_run_name(name)
