@@ -11,6 +11,7 @@ import functools
 import gc
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -63,7 +64,8 @@ def look() -> Facts:
     from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES
 
     settings = get_current_settings()
-    here = Facts(get_settings_context().profile.name, settings.home, str(settings.api.url or ""))
+    url = re.sub("//[^/@]*@", "//", str(settings.api.url or ""))  # without a password
+    here = Facts(get_settings_context().profile.name, settings.home, url)
     if not here.url:
         return here
     try:

@@ -1,4 +1,7 @@
-"""Looks over what a run needs before it needs it: software, devices, threads, Prefect, the store and its disk."""
+"""Looks over what a run needs before it needs it: software, devices, threads, Prefect, the store and its disk.
+
+What may be missing is imported where it is looked at.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from etils import epath
 from packaging.requirements import Requirement
 from rich.markup import escape
 from rich.table import Table
 
-from prune_jax.checkpoints import Store
 from prune_jax.disks import free_bytes, readable, told
 from prune_jax.errors import PruneError
 from prune_jax.shares import RUNS, settle, usable_cpus
@@ -30,11 +29,14 @@ DRIVERS = {"NVIDIA GPU": "/dev/nvidia0", "AMD GPU": "/dev/kfd", "TPU": "/dev/acc
 FRACTION = "XLA_CLIENT_MEM_FRACTION"
 
 
+State = Literal["good", "doubtful", "bad"]  # bad: something will fail
+
+
 class Finding(NamedTuple):
     """One thing that was looked at."""
 
     what: str
-    state: Literal["good", "doubtful", "bad"]  # bad: something will fail
+    state: State
     found: str
     mend: str = ""
 
@@ -68,9 +70,9 @@ def _software() -> Iterator[Finding]:
     names = ["prune-jax", *(it.name for it in wanted if it not in wrong)]
     yield Finding("packages", "good", ", ".join(f"{name} {_version(name)}" for name in names))
     for name, use in EXTRAS.items():
-        found = _version(name)
-        mend = "" if found else f"pip install 'prune-jax[{name}]'"
-        yield Finding(name, "good", f"{found or 'not installed'}; for {use}", mend)
+        there = _version(name)
+        mend = "" if there else f"pip install 'prune-jax[{name}]'"
+        yield Finding(name, "good", f"{there or 'not installed'}; for {use}", mend)
 
 
 def _version(package: str) -> str | None:
@@ -81,6 +83,9 @@ def _version(package: str) -> str | None:
 
 def _devices() -> Iterator[Finding]:
     try:
+        import jax
+        import jax.numpy as jnp
+
         devices = jax.devices()
         right = float(jax.jit(lambda x: x @ x)(jnp.full((8, 8), 0.5))[0, 0]) == 2.0
     except Exception as error:  # what a plug-in raises is its own affair
@@ -157,10 +162,15 @@ def _prefect() -> Iterator[Finding]:
 
 def _store(root: str) -> Iterator[Finding]:
     try:
+        from prune_jax.checkpoints import Store
+
         store = Store(root)
         version = f", format {store.format}" if store.format is not None else ", not there yet"
     except PruneError as error:
         yield Finding("store", "bad", str(error), "Name another one with --store")
+        return
+    except ImportError as error:
+        yield Finding("store", "bad", f"cannot be looked at: {error}", "pip install --force-reinstall prune-jax")
         return
     written = _written("store", str(store.root), "Name another folder with --store")
     yield written._replace(found=written.found + version) if written.state == "good" else written
@@ -168,7 +178,7 @@ def _store(root: str) -> Iterator[Finding]:
         return
     free = free_bytes(str(store.root))
     if free is not None:
-        state = "bad" if free < LEAST else "doubtful" if free < SCARCE else "good"
+        state: State = "bad" if free < LEAST else "doubtful" if free < SCARCE else "good"
         mend = "" if state == "good" else "`prune-jax gc --dry-run` tells what the store can spare"
         yield Finding("free disk", state, readable(free), mend)
 
@@ -185,6 +195,8 @@ def _written(what: str, root: str, mend: str) -> Finding:
 
 def _try(root: str) -> None:
     if "://" in root:
+        from etils import epath
+
         file = epath.Path(root) / f".doctor-{uuid.uuid4().hex[:8]}"
         file.write_text("written")
         file.unlink()

@@ -85,6 +85,15 @@ def test_packages_are_held_against_what_the_installed_one_asks_for(monkeypatch):
     assert rest.found.endswith(f"packaging {importlib.metadata.version('packaging')}")
 
 
+def test_a_package_that_cannot_be_imported_is_told_and_the_rest_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prune_jax.checkpoints", None)  # as with Orbax missing
+    monkeypatch.setitem(sys.modules, "prune_jax.flows.server", None)  # as with Prefect missing
+    found = findings(tmp_path)
+    assert found["store"].state == found["prefect"].state == "bad"
+    assert found["store"].found.startswith("cannot be looked at: import of prune_jax.checkpoints halted")
+    assert found["devices"].state == "good"
+
+
 @pytest.mark.parametrize(
     ("env", "runs", "state"),
     [

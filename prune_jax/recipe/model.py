@@ -109,7 +109,7 @@ class CustomModel(Frozen):
 
     kind: str = Field(
         description="module:object, or the name of an installed plug-in",
-        json_schema_extra=lambda schema: schema.update({"not": {"enum": list(BUILT_IN_MODELS)}}),
+        json_schema_extra=lambda schema: schema.update(_of_others()),
     )
     args: Arguments = Field(default_factory=dict)
 
@@ -134,6 +134,10 @@ BUILT_IN_MODELS = {
     "rnn": Rnn,
     "transformer": Transformer,
 }
+
+
+def _of_others() -> dict[str, Any]:
+    return {"not": {"enum": list(BUILT_IN_MODELS)}}
 
 
 def _model_tag(value: Any) -> str:
