@@ -30,7 +30,7 @@ BOUNDS: dict[str, dict[str, float | None]] = {
         "prune-jax --help": 0.5,
         "*": None,
     },
-    "tasks": {"*server*a stage*": 150, "*": None},
+    "tasks": {"running server*": 150, "*": None},
     "sharing": {"*": None},
     "training": {"* / *": 1.05, "*": None},
     "masked_step": {
