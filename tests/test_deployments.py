@@ -14,6 +14,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 from prefect.cli.deploy._models import PrefectYamlModel
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
@@ -110,8 +111,13 @@ def test_a_pools_variables_are_those_that_its_template_uses(name):
 
 
 def rendered(name, model, **values):
-    """The configuration of a run, as the worker makes it."""
-    made = asyncio.run(model.from_template_and_values(template(name), values))
+    """The configuration of a run, as the worker makes it; its client asks for blocks, and there are none to ask for."""
+
+    async def make():
+        async with PrefectClient("http://127.0.0.1:9/api") as client:
+            return await model.from_template_and_values(template(name), values, client=client)
+
+    made = asyncio.run(make())
     made.prepare_for_flow_run(FlowRun(id=uuid4(), name="lenet · seed 0", flow_id=uuid4()))
     return made
 
