@@ -29,7 +29,7 @@ from etils import epath
 
 from prune_jax.archives import check_unpacked
 from prune_jax.disks import GOES_ON, told
-from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake, did_you_mean
+from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake, did_you_mean, shortened
 from prune_jax.files import files_below, locked, replace, sha256, sync, sync_all
 from prune_jax.recipe import Ref, check_run_name, digest, is_run_name, printable, why_no_record
 from prune_jax.trees import leaves_by_path, nest
@@ -244,8 +244,8 @@ class Store:
             if isinstance(error, OSError) or not self.local:  # a disk or a network that may come back
                 raise
             raise DamagedArtifactError(
-                f"{ref.kind}/{ref.key}: its arrays cannot be read ({type(error).__name__}: {error}). Remove its folder "
-                "and run the recipe again: it will be made anew."
+                f"{ref.kind}/{ref.key}: its arrays cannot be read ({type(error).__name__}: {shortened(error)}). Remove "
+                "its folder and run the recipe again: it will be made anew."
             ) from error
         return nest(flat | leaves_by_path(found)), meta
 
