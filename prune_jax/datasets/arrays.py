@@ -117,7 +117,8 @@ def _check_names(found: Mapping[str, Any], where: str) -> None:
     for name in found:
         if name not in allowed:
             raise UserMistake(
-                f"{where}: array {shortened(name, 60)!r} is not known{did_you_mean(name, NAMES)} (allowed: {', '.join(NAMES)})"
+                f"{where}: array {shortened(name, 60)!r} is not known{did_you_mean(name, NAMES)} "
+                f"(allowed: {', '.join(NAMES)})"
             )
 
 

@@ -17,23 +17,59 @@ from prune_jax.errors import DamagedArtifactError, UserMistake
 from prune_jax.export import load_packed
 from prune_jax.prediction import read_inputs
 from prune_jax.recipe import read_recipe
-from tests.faults import fuzz
+from tests.faults import bending, fuzz, guided
 from tests.faults.trust import REF, rewritten
 from tests.plain import tiny
 
-HUNTS = [fuzz.recipes, fuzz.yamls, fuzz.npzs, fuzz.exports, fuzz.metas, fuzz.files, fuzz.records, fuzz.plans]
-FEW = {fuzz.records: 5, fuzz.plans: 10, fuzz.files: 10}
+FEW = {"run records": 3, "files of artifacts": 3, "metadata of artifacts": 5, "exported programs": 5}
 
 
-@pytest.mark.parametrize("hunted", HUNTS, ids=lambda hunted: hunted.__name__)
-def test_nothing_bent_ends_in_a_traceback_a_hang_or_a_large_allocation(hunted):
-    assert hunted(FEW.get(hunted, 40)).survived >= 5
+@pytest.mark.parametrize("name", fuzz.FUZZERS)
+def test_nothing_bent_ends_in_a_traceback_a_hang_or_a_large_allocation(name):
+    times = FEW.get(name, 10)
+    assert fuzz.hunt(name, times)[:3] == (times, times, 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hunted", HUNTS, ids=lambda hunted: hunted.__name__)
-def test_nor_does_it_in_many_cases(hunted):
-    assert hunted(2000).survived == 2000
+@pytest.mark.parametrize("name", fuzz.FUZZERS)
+def test_nor_does_it_in_many_cases(name):
+    assert fuzz.hunt(name, 2000).survived == 2000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not guided.AVAILABLE, reason="needs the package atheris")
+@pytest.mark.parametrize("name", guided.GUIDED)
+def test_nor_where_coverage_guides(name):
+    assert guided.guided(name, 2000).survived > 1000
+
+
+def refuse_at_length(told):
+    raise UserMistake(told)
+
+
+@pytest.mark.parametrize(
+    ("survives", "told"),
+    [
+        (lambda case: 1 // case, ZeroDivisionError),
+        (lambda case: [None for _ in iter(int, 1) if case], fuzz.Hang),
+        (lambda case: np.ones(2**25), AssertionError),
+        (lambda case: refuse_at_length("x" * 3000), AssertionError),
+    ],
+    ids=["traceback", "hang", "allocation", "page of an answer"],
+)
+def test_a_fuzzer_notices(survives, told, monkeypatch):
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "MEMORY", 2**24)
+    with pytest.raises(told):
+        fuzz.Judge(survives)(0)
+
+
+def test_a_case_is_not_changed_by_the_next():
+    grow = [(1, 0, "replace", []), (1, 60, "repeat", 0), (1, 0, "wrap", 0)]
+    held = grow[0][3]
+    first = bending.bent({"a": [1, 2]}, grow)
+    assert held == []
+    assert bending.bent({"a": [1, 2]}, grow) == first
 
 
 def complaint(text, folder, **options):
@@ -129,7 +165,7 @@ def archived(folder, header, data=b"", *, compressed=False):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as file:
         with file.open("x.npy", "w", force_zip64=True) as member:
-            member.write(fuzz.member(header, data if isinstance(data, bytes) else b"", 1))
+            member.write(bending.member(header, data if isinstance(data, bytes) else b"", 1))
             for _ in range(data if isinstance(data, int) else 0):
                 member.write(bytes(2**20))
     (folder / "d.npz").write_bytes(buffer.getvalue())
@@ -144,7 +180,7 @@ def test_a_header_that_claims_what_is_not_there_makes_no_array(tmp_path):
 
 @pytest.mark.parametrize("name", ["y_train", "len_train"])
 def test_an_array_without_samples_is_refused(name, tmp_path):
-    arrays = fuzz.GOOD | {"len_train": np.ones(6, int), "len_test": np.ones(2, int), name: np.array(1)}
+    arrays = bending.GOOD | {"len_train": np.ones(6, int), "len_test": np.ones(2, int), name: np.array(1)}
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(UserMistake, match=f"array '{name}' is one number, but must be "):
         load("npz", path=str(tmp_path / "d.npz"))
