@@ -546,6 +546,10 @@ def _is_meta(meta: Any) -> bool:
                 for shape, dtype in meta["arrays"].values()
             )
             and all(isinstance(meta.get(part, {}), dict) for part in ("call", "metrics", "facts"))
+            and all(
+                isinstance(kind, str) and isinstance(key, str)
+                for kind, key in meta.get("call", {}).get("inputs", {}).values()
+            )
         )
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return False

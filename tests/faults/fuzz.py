@@ -34,6 +34,7 @@ from prune_jax.export.packed import to_packed
 from prune_jax.export.stablehlo import to_stablehlo
 from prune_jax.export.tensors import load_safetensors, to_safetensors
 from prune_jax.forecast import forecast
+from prune_jax.garbage import remove
 from prune_jax.prediction import _exported, predict, read_inputs
 from prune_jax.preparation import prepare
 from prune_jax.recipe import Ref, built_in, read_recipe
@@ -242,6 +243,8 @@ def metas(folder: Path) -> Fuzzer:
         except (TypeError, ValueError, RecursionError):
             return
         forecast(plan, store)
+        with contextlib.suppress(PruneError):
+            remove(store, dry_run=True)
         store.read(REF)
 
     return Fuzzer(st.builds(bent, st.just(good), MOVES), read)

@@ -13,10 +13,13 @@ import pytest
 
 from prune_jax.archives import read_archive
 from prune_jax.datasets import load
-from prune_jax.errors import DamagedArtifactError, UserMistake
+from prune_jax.errors import DamagedArtifactError, PruneError, UserMistake
 from prune_jax.export import load_packed
+from prune_jax.export.tensors import load_safetensors
+from prune_jax.garbage import remove
 from prune_jax.prediction import read_inputs
 from prune_jax.recipe import read_recipe
+from prune_jax.verification import verify
 from tests.faults import bending, fuzz, guided
 from tests.faults.trust import REF, rewritten
 from tests.plain import tiny
@@ -217,3 +220,72 @@ def test_a_record_that_is_none_is_named(text, store):
     store.record_path("x").write_text(text)
     with pytest.raises(DamagedArtifactError, match="the record of run 'x', is not"):
         store.record("x")
+
+
+STAGE = {"kind": "train", "key": "k", "status": "ran"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "x", "stages": {"a": {}}}',
+        '{"name": "x", "stages": {"a": 3}}',
+        '{"name": "x", "stages": []}',
+        "[" * 9999,
+    ],
+)
+def test_what_is_no_record_stops_gc_and_is_named_by_verify(text, store):
+    store.write_record({"name": "x", "stages": {"a": STAGE}})
+    store.record_path("x").write_text(text)
+    with pytest.raises(DamagedArtifactError, match=r"run\.json is no record of a run, .* nothing was removed"):
+        remove(store, dry_run=True)
+    assert [Path(path).name for path in verify(store).unreadable] == ["run.json"]
+
+
+@pytest.mark.parametrize("data", [b"[" * 9999, b'{"run": ' + b"[" * 900 + b"]" * 900 + b"}", b"\xff"])
+def test_any_file_may_lie_where_promoted_models_are_named(data, store):
+    store.write_record({"name": "x"})
+    (store.root / "champions").mkdir()
+    (store.root / "champions" / "best.json").write_bytes(data)
+    assert remove(store, dry_run=True) == []
+
+
+@pytest.mark.parametrize("inputs", [{"a": 3}, {"a": ["train"]}, {"a": ["train", 3]}, [], {"a": None}])
+def test_metadata_that_name_no_inputs_are_damaged(inputs, store):
+    store.write(REF, {}, {"metrics": {}, "call": {"inputs": inputs}})
+    store.write_record({"name": "x", "stages": {"a": {"kind": REF.kind, "key": REF.key, "status": "ran"}}})
+    remove(store, dry_run=True)
+    assert store.meta(REF) == {}
+
+
+def long_mistakes(folder):
+    """What a user may be wrong about, at length, and the function that says so."""
+    name = "n" * 5000
+    np.savez(folder / "named.npz", **bending.GOOD, **{name[:3000]: np.ones(1)})
+    data = bytearray((folder / "named.npz").read_bytes())
+    data[data.rindex(b"nnn")] ^= 1  # in the directory: the name there and at the array differ
+    (folder / "torn.npz").write_bytes(data)
+    yield lambda: load("npz", path=str(folder / "named.npz"))
+    yield lambda: load("npz", path=str(folder / "torn.npz"))
+    yield lambda: read_inputs(str(folder / "named.npz"))
+    yield lambda: read_recipe({**tiny(), "stages": {name: {"kind": "x"}}})
+    yield lambda: read_recipe(tiny(), changes=[f"stages.{name}.epochs=1"])
+    yield lambda: read_recipe(tiny(), changes=[name])
+    header = json.dumps({name: {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    yield lambda: load_safetensors(len(header).to_bytes(8, "little") + header + b"x")
+    (folder / "twice.yaml").write_text(f"{name[:1000]}: 1\n{name[:1000]}: 2")
+    yield lambda: read_recipe(folder / "twice.yaml")
+
+
+def test_answers_stay_short(tmp_path):
+    for wrong in long_mistakes(tmp_path):
+        with pytest.raises(PruneError) as caught:
+            wrong()
+        assert max(map(len, str(caught.value).splitlines())) < 1000
+
+
+def test_inputs_that_are_no_numbers_are_named(tmp_path):
+    read = fuzz.programs(tmp_path).survives
+    with pytest.raises(UserMistake, match="the inputs do not fit the network of run 'x': x is <U1, no numbers"):
+        read(("inputs", {"x": np.array(["a"] * 6)}))
+    read(("inputs", {"x": np.ones((4, 2), np.float32)}))
