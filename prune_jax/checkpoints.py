@@ -40,7 +40,7 @@ FORMAT, FORMAT_FILE = 1, "format.json"  # a store without the file is of version
 AT_WORK, GATE = ".at-work", ".gate.lock"  # files of `runs/`: what the runs at work need; who holds the gate may remove
 SPARSE_RATIO = 10_000  # how much smaller a network of zeros may be on disk than in memory
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of what lies in a store; none of them leads out of it
-FILE = re.compile(r"[^/\\\0]+(/[^/\\\0]+)*")
+FILE = re.compile(r"(?=.{1,1000}$)(?!.*[\\\x00-\x1f\ud800-\udfff])[^/]+(/[^/]+)*")
 # Orbax numbers its operations for the whole process: saves side by side would take each other's temporary folders.
 ORBAX = threading.Lock()
 KEPT_STEPS = 2
@@ -196,7 +196,7 @@ class Store:
         for name, expected in meta["files"].items():
             file = folder / name
             if not FILE.fullmatch(name) or ".." in name.split("/"):
-                yield f"{name[:100]!r} in {META} leads out of it"
+                yield f"{name[:100]!r} in {META} leads out of it, or is no file's name"
                 continue
             wrong = ""
             with told(f"{file} cannot be read", str(self.root)):
@@ -206,7 +206,7 @@ class Store:
                 except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                     wrong = "is missing"
                 except OSError as error:
-                    if error.errno != errno.EIO:
+                    if error.errno not in (errno.EIO, errno.ENAMETOOLONG):
                         raise
                     wrong = "cannot be read from the disk"
             if wrong:

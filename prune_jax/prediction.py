@@ -51,10 +51,13 @@ def _exported(store: Store, run: str, stage: str | None) -> bytes:
             "`export: {kind: export, formats: [stablehlo]}` to its recipe and run it"
         )
     chosen = exports[stage or list(exports)[-1]]
-    ref = Ref(chosen["kind"], chosen["key"])
-    if damage := store.damage(ref):
+    ref, file = Ref(chosen["kind"], chosen["key"]), EXTENSIONS["stablehlo"]
+    damage = store.damage(ref)
+    if not damage and file not in (store.meta(ref) or {}).get("files", {}):
+        damage = f"{store.path(ref) / file} is not there, though the record of run {run!r} names it"
+    if damage:
         raise DamagedArtifactError(f"{damage}. Run the recipe again: it will be made anew.")
-    return (store.path(ref) / EXTENSIONS["stablehlo"]).read_bytes()
+    return (store.path(ref) / file).read_bytes()
 
 
 def read_inputs(path: str) -> dict[str, np.ndarray]:

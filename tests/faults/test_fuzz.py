@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from prune_jax.archives import read_archive
+from prune_jax.checkpoints import _digest_of
 from prune_jax.datasets import load
 from prune_jax.errors import DamagedArtifactError, PruneError, UserMistake
 from prune_jax.export import load_packed
@@ -55,13 +56,13 @@ def refuse_at_length(told):
     [
         (lambda case: 1 // case, ZeroDivisionError),
         (lambda case: [None for _ in iter(int, 1) if case], fuzz.Hang),
-        (lambda case: np.ones(2**25), AssertionError),
+        (lambda case: np.ones(2**24), AssertionError),
         (lambda case: refuse_at_length("x" * 3000), AssertionError),
     ],
     ids=["traceback", "hang", "allocation", "page of an answer"],
 )
 def test_a_fuzzer_notices(survives, told, monkeypatch):
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.5)
     monkeypatch.setattr(fuzz, "MEMORY", 2**24)
     with pytest.raises(told):
         fuzz.Judge(survives)(0)
@@ -289,3 +290,22 @@ def test_inputs_that_are_no_numbers_are_named(tmp_path):
     with pytest.raises(UserMistake, match="the inputs do not fit the network of run 'x': x is <U1, no numbers"):
         read(("inputs", {"x": np.array(["a"] * 6)}))
     read(("inputs", {"x": np.ones((4, 2), np.float32)}))
+
+
+def test_an_export_that_is_gone_is_named(tmp_path):
+    read = fuzz.programs(tmp_path).survives
+    stage = {"kind": "export", "key": "gone", "status": "ran", "metrics": {"stablehlo": {}}}
+    with pytest.raises(DamagedArtifactError, match=r"export/gone/model\.stablehlo is not there, though the record of "):
+        read(("record", {"name": "x", "stages": {"export": stage}}))
+
+
+@pytest.mark.parametrize("name", ["x" * 20_000, "x" * 300, "é" * 200, "\ud800", "a\nb"], ids=ascii)
+def test_metadata_that_name_what_can_be_no_file_are_damaged(name, store):
+    store.write(REF, {}, {"metrics": {}})
+    file = Path(store.path(REF)) / "meta.json"
+    told = json.loads(file.read_text()) | {"files": {name: "0"}}
+    file.write_text(json.dumps(told | {"digest": _digest_of(told)}, indent=1))
+    with pytest.raises(
+        DamagedArtifactError, match=r"leads out of it, or is no file's name|cannot be read from the disk"
+    ):
+        store.read(REF)
