@@ -22,7 +22,16 @@ from typing import Any
 
 from tests.faults.table import Outcome, fault
 
-GUIDED = ("recipes", "YAML", "npz", "safetensors", "packed arrays", "metadata of artifacts", "run records")
+GUIDED = (
+    "recipes",
+    "YAML",
+    "npz",
+    "safetensors",
+    "packed arrays",
+    "exported programs",
+    "metadata of artifacts",
+    "run records",
+)
 READERS = ["prune_jax", "yaml", "zipfile", "numpy.lib"]  # whose branches guide
 SLOW, MEMORY = 120, 2048  # seconds of one case by the clock, in native code too; MiB of the process
 AVAILABLE = importlib.util.find_spec("atheris") is not None

@@ -167,7 +167,7 @@ def test_what_is_no_file_is_refused(source):
 
 def archived(folder, header, data=b"", *, compressed=False):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as file:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if compressed else 0, compresslevel=1) as file:
         with file.open("x.npy", "w", force_zip64=True) as member:
             member.write(bending.member(header, data if isinstance(data, bytes) else b"", 1))
             for _ in range(data if isinstance(data, int) else 0):
@@ -198,7 +198,7 @@ def test_arrays_without_metadata_are_refused():
 
 def test_a_bomb_is_not_unpacked(tmp_path):
     header = {"descr": "|u1", "fortran_order": False, "shape": (300 * 2**20,)}
-    with pytest.raises(UserMistake, match=r"unpacks to 0.3 GiB, 1,0\d\d times its size"):
+    with pytest.raises(UserMistake, match=r"unpacks to 0.3 GiB, 2\d\d times its size"):
         read_archive(archived(tmp_path, header, 300, compressed=True))
 
 
