@@ -295,7 +295,9 @@ def test_inputs_that_are_no_numbers_are_named(tmp_path):
 def test_an_export_that_is_gone_is_named(tmp_path):
     read = fuzz.programs(tmp_path).survives
     stage = {"kind": "export", "key": "gone", "status": "ran", "metrics": {"stablehlo": {}}}
-    with pytest.raises(DamagedArtifactError, match=r"export/gone/model\.stablehlo is not there, though a record names it"):
+    with pytest.raises(
+        DamagedArtifactError, match=r"export/gone/model\.stablehlo is not there, though a record names it"
+    ):
         read(("record", {"name": "x", "stages": {"export": stage}}))
 
 
