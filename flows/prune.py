@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
-from prefect.utilities.annotations import quote
+from prune_jax.flows.clusters import Cluster
 from prune_jax.flows.tasks import delays, limited_tags, stage, tags_of
 
 from prune_jax.checkpoints import Store
@@ -27,7 +27,7 @@ from prune_jax.preparation import check_networks, is_cached, prepare
 from prune_jax.progress import Progress, listeners
 from prune_jax.recipe import Recipe, Ref, StageCall, StageResult, check_run_name
 from prune_jax.records import Run
-from prune_jax.registry import without_plugins
+from prune_jax.registry import plugins_allowed, without_plugins
 from prune_jax.report.tables import results_markdown, results_table
 from prune_jax.walk import failure, walk
 
@@ -75,6 +75,7 @@ def _prune(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> S
     if not is_cached(plan, artifacts):
         check_networks(plan)
     run = Run(plan, artifacts, name)
+    where, bare = str(artifacts.root), not plugins_allowed()
     futures: dict[Ref, PrefectFuture[StageResult]] = {}
     limited = limited_tags()
 
@@ -86,7 +87,7 @@ def _prune(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> S
             retries=call.operation.retries,
             retry_delay_seconds=delays(call.operation.retries),
             timeout_seconds=call.operation.timeout_seconds,
-        ).submit(quote(call), store, wait_for=[futures[ref] for ref in call.inputs.values() if ref in futures])
+        ).submit(call, where, bare, wait_for=[futures[ref] for ref in call.inputs.values() if ref in futures])
         futures[call.ref] = future
         future.add_done_callback(lambda future: finish(call, _result(call, future), done))
 
@@ -107,7 +108,9 @@ def _prune(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> S
     return Completed(message=record["message"])
 
 
-def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None = None) -> dict[str, Any]:
+def run_flow(
+    recipe: Recipe, *, store: str, name: str, side_by_side: int | None = None, cluster: Cluster | None = None
+) -> dict[str, Any]:
     """Runs the flow in this process and answers the run record.
 
     Args:
@@ -115,6 +118,7 @@ def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None 
         store: where artifacts and records lie.
         name: the run's name.
         side_by_side: stages at a time; left out, as many as the machine is good for.
+        cluster: where stages run; left out, in threads of this process.
 
     Raises:
         UserMistake: the recipe is wrong.
@@ -123,10 +127,14 @@ def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None 
     with get_client(sync_client=True) as client:
         if fault := client.api_healthcheck():
             raise _unanswered(fault)
+    flow, options = prune, {"store": store, "name": name, "side_by_side": side_by_side}
+    if cluster is not None:
+        flow = prune.with_options(task_runner=cluster.runner)
+        options["side_by_side"] = cluster.threads
     records: list[dict[str, Any]] = []
     token = made.set(records)
     try:
-        state = prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True)
+        state = flow(recipe, **options, return_state=True)
     except HTTPError as error:
         if not records:
             raise _unanswered(error) from error

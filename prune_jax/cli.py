@@ -62,7 +62,11 @@ def run(
         str | None, typer.Option(help="Name of the run; left out, the recipe's.", show_default=False)
     ] = None,
     runner: Annotated[
-        str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
+        str,
+        typer.Option(
+            help="threads: independent branches side by side; local: one stage at a time; dask=tcp://HOST:PORT: on the "
+            "workers of a Dask cluster; dask=local:N: in N processes of this machine."
+        ),
     ] = "threads",
     no_plugins: PluginsOption = False,
     as_json: JsonOption = False,

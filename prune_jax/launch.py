@@ -38,7 +38,9 @@ def run(
         store: the folder or URL in which artifacts and run records lie.
         name: the run's name; left out, the recipe's.
         changes: `"stages.train.epochs=3"`: set before the recipe is checked.
-        runner: `threads` runs independent branches side by side, `local` one stage at a time.
+        runner: `threads` runs independent branches side by side, `local` one stage at a time; `dask=tcp://HOST:PORT`
+            on the workers of a Dask cluster, `dask=local:N` in N processes of this machine (extra `dask`; a script
+            that says so needs `if __name__ == "__main__":`).
         no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
 
     Returns:
@@ -63,14 +65,17 @@ def _run(
     wanted = read_recipe(recipe, changes=changes)
     name = name or wanted.name
     check_run_name(name)
-    if runner not in RUNNERS:
-        raise UserMistake(f"runner = {runner!r}: is not known (allowed: {', '.join(RUNNERS)})")
+    kind, _, address = runner.partition("=")
+    if kind != "dask" and runner not in RUNNERS:
+        raise UserMistake(f"runner = {runner!r}: is not known (allowed: {', '.join(RUNNERS)}, dask=ADDRESS)")
     artifacts = Store(store)
     plan = prepare(wanted)
     cached = is_cached(plan, artifacts)
 
-    from prune_jax.flows import server
+    from prune_jax.flows import clusters, server
 
+    if kind == "dask":
+        clusters.check_address(address)
     configured = server.configured()
     if cached and not configured:
         return _nothing_to_do(plan, artifacts, name)
@@ -80,8 +85,12 @@ def _run(
 
     from prune_jax.flows.prune import run_flow
 
-    with server.in_use(temporary) if temporary else nullcontext():
-        return run_flow(wanted, store=str(store), name=name, side_by_side=1 if runner == "local" else None)
+    with (
+        server.in_use(temporary) if temporary else nullcontext(),
+        clusters.opened(address) if kind == "dask" else nullcontext() as cluster,
+    ):
+        at_a_time = 1 if runner == "local" else None
+        return run_flow(wanted, store=str(store), name=name, side_by_side=at_a_time, cluster=cluster)
 
 
 def _nothing_to_do(plan: Plan, store: Store, name: str) -> dict[str, Any]:

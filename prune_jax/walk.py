@@ -62,7 +62,7 @@ class _Walk:
         if call.kind == "prune" and not is_sound(call, self.store):
             rounds = prune_rounds(call, self._metrics_of)
             self._advance(call, rounds, None)
-        elif call.kind == "evaluate" and not self.store.intact(call.ref):
+        elif _is_timed(call) and not self.store.intact(call.ref):
             self.alone.append(call)
         else:
             self._want(call, partial(self._finish, call.name))
@@ -122,6 +122,10 @@ class _Walk:
 
     def _finish(self, name: str, result: StageResult) -> None:
         self.results[name] = result
+
+
+def _is_timed(call: StageCall) -> bool:
+    return call.kind == "evaluate" and call.settings.get("latency", {}) is not None
 
 
 def walk(plan: Plan, store: Store, submit: Submit, *, side_by_side: int = 1) -> dict[str, StageResult]:

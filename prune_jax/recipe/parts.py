@@ -76,15 +76,15 @@ class Frozen(BaseModel):
     @classmethod
     def _only_known_fields(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            fields = cls.model_fields  # asked once: each asking is a search through the class's bases
             for field, value in data.items():
-                if field not in cls.model_fields:
-                    known = ", ".join(cls.model_fields)
-                    raise mistake(
-                        field, f"is not a field here{did_you_mean(field, cls.model_fields)} (allowed: {known})"
-                    )
-                taken = cls.model_fields[field].annotation
-                if isinstance(value, bool) and not {bool, Any} & {taken, *get_args(taken)}:  # else True were 1
-                    raise mistake(field, "must not be true or false")
+                if field not in fields:
+                    known = ", ".join(fields)
+                    raise mistake(field, f"is not a field here{did_you_mean(field, fields)} (allowed: {known})")
+                if isinstance(value, bool):
+                    taken = fields[field].annotation
+                    if not {bool, Any} & {taken, *get_args(taken)}:  # else True were 1
+                        raise mistake(field, "must not be true or false")
         return data
 
 

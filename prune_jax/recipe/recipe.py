@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from prune_jax.notation import read_granularity
 from prune_jax.recipe.bounds import check_bounds, check_rows
@@ -35,6 +35,7 @@ from prune_jax.recipe.parts import (
 from prune_jax.recipe.sparsify import Sparsify
 from prune_jax.recipe.wiring import TUNED, check_wiring, parents_of
 
+A_ROW = {"row": True}  # context in which a row of a recipe is checked that is known to be no more than one
 Matrix = dict[str, Annotated[list[Plain], Field(min_length=1)]]
 
 
@@ -349,8 +350,8 @@ class Recipe(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_no_more_than_a_recipe(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
+    def _is_no_more_than_a_recipe(cls, data: Any, info: ValidationInfo) -> Any:
+        if isinstance(data, Mapping) and info.context is not A_ROW:
             check_bounds(data)
         return data
 
