@@ -10,6 +10,7 @@ from typing import Any
 
 from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
+from prune_jax.meshes import check_devices
 from prune_jax.plan import Plan
 from prune_jax.preparation import check_networks, is_cached, prepare
 from prune_jax.recipe import Recipe, StageResult, check_run_name, read_recipe
@@ -82,6 +83,9 @@ def _run(
     temporary = None if configured else server.start_early()
     if not cached:
         check_networks(plan)
+        if kind != "dask":  # else the workers' devices count
+            for mesh in {call.problem.devices for call in plan.calls if call.problem.devices}:
+                check_devices(mesh.data, mesh.model)
 
     from prune_jax.flows.prune import run_flow
 

@@ -75,7 +75,10 @@ def _data_part(problem: Problem) -> dict[str, Any]:
 
 def _problem_part(problem: Problem) -> dict[str, Any]:
     model = problem.model.model_dump(mode="json", exclude_defaults=True)
-    return {"data": _data_part(problem), "model": model, "objective": problem.objective, "code": problem.code}
+    found = {"data": _data_part(problem), "model": model, "objective": problem.objective, "code": problem.code}
+    if problem.devices:  # sums in another order: the last bits differ
+        found["devices"] = problem.devices.model_dump(mode="json")
+    return found
 
 
 def as_settings(part: Frozen, **more: Any) -> dict[str, Any]:
@@ -325,7 +328,12 @@ def _word(value: Any) -> str:
 def plan_row(recipe: Recipe, data_digest: str, code: dict[str, str]) -> Plan:
     """The plan of a recipe without matrices."""
     problem = Problem(
-        data=recipe.data, data_digest=data_digest, model=recipe.model, objective=recipe.objective, code=code
+        data=recipe.data,
+        data_digest=data_digest,
+        model=recipe.model,
+        objective=recipe.objective,
+        code=code,
+        devices=recipe.devices,
     )
     calls: dict[str, StageCall] = {}
     after: dict[str, tuple[str, ...]] = {}

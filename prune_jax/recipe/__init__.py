@@ -4,6 +4,7 @@ from prune_jax.recipe.calls import Problem, Ref, StageCall, StageResult, Status,
 from prune_jax.recipe.model import BUILT_IN_MODELS, CustomModel
 from prune_jax.recipe.parts import (
     Data,
+    Devices,
     Frozen,
     Guard,
     Iterative,
@@ -42,6 +43,7 @@ __all__ = [
     "CustomMethod",
     "CustomModel",
     "Data",
+    "Devices",
     "Distill",
     "Evaluate",
     "Finetune",

@@ -372,6 +372,19 @@ class Search(Frozen):
     tolerance: float = Field(default=0.0, ge=0, description="sparsest within so much of the best")
 
 
+class Devices(Frozen):
+    """How training is spread over the machine's devices."""
+
+    data: int = Field(default=1, ge=1, le=2**20, description="each batch is cut into so many parts")
+    model: int = Field(
+        default=1,
+        ge=1,
+        le=2**20,
+        description="each weight is cut into so many parts along its largest axis that this divides, of equal ones the "
+        "last; its mask and moments alike",
+    )
+
+
 class Operation(Frozen):
     """How a stage is operated; nothing of it changes what the stage computes."""
 

@@ -14,6 +14,7 @@ from prune_jax.recipe.moments import check_moments
 from prune_jax.recipe.parts import (
     Criterion,
     Data,
+    Devices,
     Fraction,
     Frozen,
     Granularity,
@@ -345,6 +346,12 @@ class Recipe(Frozen):
         description="classification, regression, reconstruction, or `module:loss`",
         examples=["classification", "regression", "reconstruction", "my_pkg.losses:loss"],
     )
+    devices: Devices | None = Field(
+        default=None,
+        description="how training is spread over devices; left out, batches over all of the machine's, if these divide "
+        "them",
+        examples=[{"data": 4, "model": 2}],
+    )
     stages: dict[Name, AnyStage] = Field(min_length=1)
     matrix: Matrix | None = Field(default=None, description="{dotted.path: [values]}: one recipe for each combination")
 
@@ -380,6 +387,15 @@ class Recipe(Frozen):
                 message = f"{masked} has masked the network already; take one without masks, such as a train stage's"
                 raise mistake(f"{name}.sparsify", message)
         return stages
+
+    @model_validator(mode="after")
+    def _devices_divide_batches(self) -> Recipe:
+        if self.devices and self.data.batch_size % self.devices.data:
+            raise mistake(
+                "devices.data",
+                f"does not divide the batches of {self.data.batch_size} examples (`data.batch_size`); choose a divisor",
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_can_be_planned(self) -> Recipe:
