@@ -29,8 +29,8 @@ def check_devices(data: int, model: int) -> None:
     if data * model > there:
         raise UserMistake(
             f"devices = {{data: {data}, model: {model}}}: needs {data * model} devices, and here "
-            f"{'is one' if there == 1 else f'are {there}'} ({jax.default_backend()}). Lower them or leave them out; on a "
-            f"CPU, XLA_FLAGS=--xla_force_host_platform_device_count={data * model} makes so many of it"
+            f"{'is one' if there == 1 else f'are {there}'} ({jax.default_backend()}). Lower them or leave them out; on "
+            f"a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={data * model} makes so many of it"
         )
 
 

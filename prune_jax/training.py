@@ -118,7 +118,7 @@ def make_step(
     sparse: bool,
     gathered: bool,
     devices: int,
-    parts: int = 1,
+    parts: int,
     sparsify: Sparsify | None,
     examples: int | None,
     teacher: Network | None,
@@ -217,7 +217,7 @@ def _mesh(devices: int, parts: int) -> Mesh | None:
 
 
 def _layout(mesh: Mesh, state: TrainState) -> TrainState:
-    """How a training's state lies on a mesh: weights and what the optimizer knows of them are cut, the rest is whole."""
+    """How a training's state lies on a mesh: weights, and what the optimizer has of them, cut; the rest whole."""
     whole = jax.tree.map(lambda _: everywhere(mesh), state)
     params, optimizer = along_model(mesh, (state.params, state.optimizer))
     return whole._replace(params=params, optimizer=optimizer)
@@ -291,8 +291,8 @@ def fit(
     devices = devices or Devices(data=devices_for(batch_size))
     if batch_size % devices.data:
         raise UserMistake(
-            f"devices.data = {devices.data}: does not divide the batches of {batch_size} examples; choose a divisor, or "
-            "another `data.batch_size`"
+            f"devices.data = {devices.data}: does not divide the batches of {batch_size} examples; choose a divisor, "
+            "or another `data.batch_size`"
         )
     mesh = _mesh(devices.data, devices.model)
     gathered = not isinstance(split, GrainSplit)
@@ -353,7 +353,7 @@ def fit(
 
 
 def _blank(state: TrainState, layout: TrainState | None) -> TrainState:
-    """What a checkpoint is read into: arrays of this machine, or each device's parts, whatever mesh it was saved from."""
+    """What a checkpoint is read into: arrays of this machine, or each device's parts, from whatever mesh they come."""
     if layout is None:
         return jax.tree.map(np.asarray, state)
     return jax.tree.map(lambda a, lies: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=lies), state, layout)

@@ -41,7 +41,7 @@ def close(a, b):
 
 
 def recipes_come_to_the_same(folder):
-    """Trained, masked and fine-tuned on one device and on two meshes: the same within a float's tolerance, other keys."""
+    """Trained, masked and fine-tuned on one device and on two meshes: the same within a tolerance, other keys."""
     found, keys = {}, set()
     for data, model in ((1, 1), (4, 2), (1, 8)):
         store = Store(f"{folder}/{data}-{model}")

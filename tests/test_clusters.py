@@ -29,7 +29,9 @@ def test_what_is_no_address_is_refused_before_anything_is_written(tmp_path, runn
 
 def test_dask_is_named_where_it_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "prefect_dask", None)
-    with pytest.raises(UserMistake, match=r"needs what is not installed: prefect-dask.*pip install 'prune-jax\[dask\]'"):
+    with pytest.raises(
+        UserMistake, match=r"needs what is not installed: prefect-dask.*pip install 'prune-jax\[dask\]'"
+    ):
         run(tiny(train=TRAIN), store=tmp_path / "store", runner="dask=local:2")
     assert not (tmp_path / "store").exists()
 

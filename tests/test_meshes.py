@@ -51,7 +51,9 @@ def test_the_mesh_is_part_of_the_key_and_none_is_not():
 
 def test_what_no_machine_or_batch_can_be_cut_into_is_refused(tmp_path):
     many = jax.device_count() + 1
-    with pytest.raises(UserMistake, match=f"needs {9 * many} devices, and here are {many - 1} .*device_count={9 * many} "):
+    with pytest.raises(
+        UserMistake, match=f"needs {9 * many} devices, and here are {many - 1} .*device_count={9 * many} "
+    ):
         run({**tiny(train=TRAIN), "devices": {"data": 9, "model": many}}, store=tmp_path / "store")
     with pytest.raises(UserMistake, match=r"devices.data = 2: does not divide the batches of 9 examples"):
         run({**tiny(train=TRAIN), "devices": {"data": 2}}, store=tmp_path / "store")
