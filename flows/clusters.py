@@ -108,8 +108,8 @@ def _check_workers(client: Any, address: str) -> None:
                 )
         if not reaches:
             raise UserMistake(
-                f"{where}: the worker {worker} does not reach Prefect at {url}. Start a server that it reaches, "
-                "`prefect server start --host 0.0.0.0`, and set PREFECT_API_URL here to its address."
+                f"{where}: the worker {worker} does not reach Prefect at {url}. Start a server in its network "
+                "(PREFECT_SERVER_API_HOST and `prefect server start`), and set PREFECT_API_URL here to its address."
             )
 
 

@@ -52,7 +52,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout; everyt
     epilog="Examples:\n\n"
     "  prune-jax run lenet-300-100\n\n"
     "  prune-jax run lenet-300-100 --set stages.prune.criterion=magnitude --name by-magnitude\n\n"
-    "  prune-jax run my.yaml --store gs://bucket/artifacts --json > run.json"
+    "  prune-jax run my.yaml --store s3://bucket/artifacts --json > run.json"
 )
 def run(
     recipe: RecipeArgument,
