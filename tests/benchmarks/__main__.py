@@ -64,7 +64,7 @@ BOUNDS: dict[str, dict[str, float | None]] = {
         "plan of 10,000 stages*": 2,
         "* a stage of 10,000 / of 900": 1.5,
         "memory of a stage*": 20,
-        "sweep: two workers / one": 1 / 1.7,
+        "sweep that waits: two workers / one": 1 / 1.7,
         "*": None,
     },
 }

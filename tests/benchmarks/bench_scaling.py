@@ -1,4 +1,8 @@
-"""Sweeps and many stages: 24 points on one worker process and on two; 10,000 stages planned and walked."""
+"""Sweeps and many stages: 24 points on one worker process and on two; 10,000 stages planned and walked.
+
+One sweep computes, and wants a core for each worker beside those of the command and of Prefect's server; the other
+waits for its records, as for a disk or a device, and shows what the runner itself takes on any machine.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,16 @@ from typing import Any
 from tests.benchmarks.rounds import Figure, figure
 
 SPARSITIES = [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
-LONG = {"optimizer": {"learning_rate": 0.001}}
 
 # One process a run: the driver, its workers and a temporary Prefect server; the clock of the record starts when the
 # workers are there.
 RUN = """
 import sys
 from prune_jax.launch import run
-from tests.benchmarks.bench_scaling import sweep
+from tests.benchmarks.bench_scaling import SWEEPS
 
 if __name__ == "__main__":
-    record = run(sweep(), store=sys.argv[1], name="sweep", runner=sys.argv[2])
+    record = run(SWEEPS[sys.argv[1]], store=sys.argv[2], name="sweep", runner=sys.argv[3])
     assert record["status"] == "completed", record["message"]
     ran = [stage["kind"] for stage in record["stages"].values() if stage["status"] == "ran"]
     assert (ran.count("train"), ran.count("finetune"), len(record["results"])) == (3, 24, 27), ran
@@ -33,24 +36,27 @@ if __name__ == "__main__":
 """
 
 
-def sweep() -> dict[str, Any]:
+def _sweep(data: dict[str, Any], width: int, steps: int) -> dict[str, Any]:
     """Eight networks of three seeds: three trainings that they share, 24 fine-tunings, each network evaluated."""
+    training = {"steps": steps, "optimizer": {"learning_rate": 0.001}}
+    prune = {"kind": "prune", "criterion": "magnitude", "target": {"sparsity": 0.5}, "finetune": training}
     return {
         "name": "sweep",
-        "data": {"source": "digits", "batch_size": 32},
-        "model": {"kind": "mlp", "widths": [32]},
+        "data": data,
+        "model": {"kind": "mlp", "widths": [width]},
         "stages": {
-            "train": {"kind": "train", "steps": 3000, **LONG},
-            "prune": {
-                "kind": "prune",
-                "criterion": "magnitude",
-                "target": {"sparsity": 0.5},
-                "finetune": {"steps": 3000, **LONG},
-            },
+            "train": {"kind": "train", **training},
+            "prune": prune,
             "evaluate": {"kind": "evaluate", "of": ["train", "prune"], "latency": None},
         },
         "matrix": {"seed": [0, 1, 2], "stages.prune.target.sparsity": SPARSITIES},
     }
+
+
+SWEEPS = {
+    "computes": _sweep({"source": "digits", "batch_size": 32}, 32, 3000),
+    "waits": _sweep({"source": "tests.samples.tiny:slow_records", "batch_size": 9, "validation": 0.2}, 6, 40),
+}
 
 
 def many(seeds: int) -> dict[str, Any]:
@@ -75,12 +81,12 @@ def many(seeds: int) -> dict[str, Any]:
     }
 
 
-def _swept(root: Path, place: str, workers: int) -> float:
+def _swept(root: Path, kind: str, workers: int, place: int) -> float:
     script = root / "run.py"
     script.write_text(RUN)
     env = {**os.environ, "PREFECT_HOME": str(root / "prefect"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, str(script), str(root / f"store-{place}-{workers}"), f"dask=local:{workers}"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, script, kind, root / f"{kind}-{workers}-{place}", f"dask=local:{workers}"]
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return float(done.stdout.split()[-1])
@@ -128,11 +134,9 @@ def measure(rounds: int = 3) -> dict[str, Figure]:
         name: figure(v, next((u for p, u in units.items() if name.startswith(p)), "")) for name, v in found.items()
     }
     with tempfile.TemporaryDirectory() as folder:
-        one, two = [], []
-        for i in range(rounds):
-            one.append(_swept(Path(folder), f"{i}", 1))
-            two.append(_swept(Path(folder), f"{i}", 2))
-    figures["sweep of 24 points, one worker"] = figure(one, "s")
-    figures["sweep of 24 points, two workers"] = figure(two, "s")
-    figures["sweep: two workers / one"] = figure([b / a for a, b in zip(one, two, strict=True)])
+        for kind in SWEEPS:
+            pairs = [[_swept(Path(folder), kind, workers, i) for workers in (1, 2)] for i in range(rounds)]
+            figures[f"sweep of 24 points that {kind}, one worker"] = figure([one for one, _ in pairs], "s")
+            figures[f"sweep of 24 points that {kind}, two workers"] = figure([two for _, two in pairs], "s")
+            figures[f"sweep that {kind}: two workers / one"] = figure([two / one for one, two in pairs])
     return figures
