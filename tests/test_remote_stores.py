@@ -119,7 +119,7 @@ def test_a_server_that_is_away_is_told(done, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     try:
-        with pytest.raises(UserMistake, match="store = 's3://bucket/store': cannot be reached .*credentials"):
+        with pytest.raises(UserMistake, match=r"store = 's3://bucket/store': cannot be reached .*credentials"):
             Store("s3://bucket/store")
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
