@@ -77,7 +77,12 @@ def prune(
     """
     recipe = read_recipe(recipe, changes=changes or ())
     with without_plugins(no_plugins):
-        record = carry_out(recipe, store_of(store), name or recipe.name, side_by_side)
+        return _prune(recipe, store_of(store), name or recipe.name, side_by_side)
+
+
+def _prune(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> State:
+    """What the flow does, apart: Dask sends a flow's function with all that it names, and this one by its name."""
+    record = carry_out(recipe, store, name, side_by_side)
     if (wanted := made.get()) is not None:
         wanted.append(record)
     if record["status"] == "failed":
