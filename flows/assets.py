@@ -5,7 +5,7 @@ An asset is named by what it holds, `prunejax://train/KEY`, wherever the store l
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from prefect.assets import Asset, AssetProperties
@@ -14,29 +14,25 @@ from prune_jax.flows.events import figures
 
 from prune_jax.checkpoints import Store
 from prune_jax.plan import Plan
-from prune_jax.recipe import Data, Ref, StageCall, StageResult
+from prune_jax.recipe import Problem, Ref, StageCall, StageResult
 
 MAKERS = {"train", "distill", "mask", "finetune", "prune", "compact", "export"}  # kinds that publish a network
 
 
-def published(plan: Plan) -> set[Ref]:
+def published(plan: Plan, store: Store) -> dict[Ref, Asset]:
     """The networks of a plan that are assets: those of its stages, not of the turns within them."""
-    return {call.ref for call in plan.calls if call.kind in MAKERS}
+    return {call.ref: _network(call, store) for call in plan.calls if call.kind in MAKERS}
 
 
-def lineage(call: StageCall, store: Store, networks: Collection[Ref]) -> dict[str, Any]:
+def lineage(call: StageCall, store: Store, networks: Mapping[Ref, Asset]) -> dict[str, Any]:
     """Options of the task that makes a network: the asset that it is, and those that it is made of.
 
     None for what the store holds already: nothing is made then.
     """
     if call.ref not in networks or store.meta(call.ref):
         return {"assets": [], "asset_deps": []}
-    parents = [Asset(key=_key(ref)) for ref in call.inputs.values() if ref in networks]
-    properties = AssetProperties(name=call.label, url=str(store.root / call.kind / call.key))
-    return {
-        "assets": [Asset(key=_key(call.ref), properties=properties)],
-        "asset_deps": parents or [_data(call.problem.data, call.problem.data_digest)],
-    }
+    parents = [networks[ref] for ref in call.inputs.values() if ref in networks]
+    return {"assets": [networks[call.ref]], "asset_deps": parents or [_data(call.problem)]}
 
 
 def describe(call: StageCall, result: StageResult) -> None:
@@ -46,9 +42,11 @@ def describe(call: StageCall, result: StageResult) -> None:
         asset.add_metadata(figures(call, result))
 
 
-def _key(ref: Ref) -> str:
-    return f"prunejax://{ref.kind}/{ref.key}"
+def _network(call: StageCall, store: Store) -> Asset:
+    properties = AssetProperties(name=call.label, url=str(store.path(call.ref)))
+    return Asset(key=f"prunejax://{call.kind}/{call.key}", properties=properties)
 
 
-def _data(data: Data, digest: str) -> Asset:
-    return Asset(key=f"prunejax://data/{digest}", properties=AssetProperties(name=data.path or data.source))
+def _data(problem: Problem) -> Asset:
+    properties = AssetProperties(name=problem.data.path or problem.data.source)
+    return Asset(key=f"prunejax://data/{problem.data_digest}", properties=properties)

@@ -1,4 +1,4 @@
-"""What came of a run, in the UI: a table, the report's main chart, and a summary that says where the report lies."""
+"""What came of a run, in the UI: a table, and a summary with the report's main chart and where the report lies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from httpx import HTTPError
-from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_UI_URL
 
@@ -30,10 +30,10 @@ def show(store: Store, record: dict[str, Any]) -> None:
     try:
         if record["results"]:
             create_table_artifact(key=f"{key}-results", table=_rows(record), description=told)
-        drawn = _draw(store, record, key) if PREFECT_UI_URL.value() else ""
-        create_markdown_artifact(
-            key=f"{key}-summary", markdown=f"{told}\n\n{results_markdown(record)}{drawn}", description=told
-        )
+        summary = results_markdown(record)
+        if PREFECT_UI_URL.value():
+            summary = f"{_chart(store, record)}{summary}{_report(store, record)}"
+        create_markdown_artifact(key=f"{key}-summary", markdown=summary, description=told)
     except (HTTPError, OSError, PruneError) as error:
         get_run_logger().warning("the run's results could not be shown in the UI: %s", error)
 
@@ -43,20 +43,24 @@ def artifact_key(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-") or "run"
 
 
-def _draw(store: Store, record: dict[str, Any], key: str) -> str:
-    """Writes the report, shows its main chart, and answers the line that leads to it.
+def _chart(store: Store, record: dict[str, Any]) -> str:
+    """The report's main chart, in the Markdown: below an image artifact the UI spells out all of its bytes."""
+    from prune_jax.report.page import picture
+
+    with reading(f"run {record['name']!r}"):
+        drawn = picture(store, record)
+    if drawn is None:
+        return ""
+    kind, data = drawn
+    return f"![chart](data:{kind};base64,{base64.b64encode(data).decode()})\n\n"
+
+
+def _report(store: Store, record: dict[str, Any]) -> str:
+    """Writes the report and answers the line that leads to it.
 
     `PRUNE_JAX_REPORTS_URL` is where `STORE/runs` can be seen in a browser: pages must not link to files.
     """
-    from prune_jax.report.page import picture
-
     path = write_report(store, record["name"])
-    with reading(f"run {record['name']!r}"):
-        drawn = picture(store, record)
-    if drawn is not None:
-        kind, data = drawn
-        url = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-        create_image_artifact(key=f"{key}-chart", image_url=url, description=record["message"])
     served = os.environ.get("PRUNE_JAX_REPORTS_URL", "").rstrip("/")
     return f"\n[Report]({served}/{record['name']}/{path.name})\n" if served else f"\nReport: `{path}`\n"
 

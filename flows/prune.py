@@ -82,7 +82,7 @@ def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -
         check_networks(plan)
     run = Run(plan, artifacts, name)
     futures: dict[Ref, PrefectFuture[StageResult]] = {}
-    limited, networks = limited_tags(), published(plan)
+    limited, networks = limited_tags(), published(plan, artifacts)
     context = copy_context()  # results come from threads that know no flow run
 
     def submit(call: StageCall, done: Callable[[StageResult], None]) -> None:

@@ -187,7 +187,7 @@ def standalone(chart: Markup) -> bytes:
     """A chart as an SVG file of its own, in the colours of light pages."""
     palette = _palette()
     head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" font-family="sans-serif"'
-    text = re.sub(r"var\(--(\w+)\)", lambda m: palette[m[1]], chart.replace('<svg class="chart"', head, 1))
+    text = re.sub(r"var\(--(\w+)\)", lambda m: palette[m[1]], str(chart).replace('<svg class="chart"', head, 1))
     return text.replace(">", f'><rect width="100%" height="100%" fill="{palette["surface"]}"/>', 1).encode()
 
 
