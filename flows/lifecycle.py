@@ -16,14 +16,14 @@ from prefect.states import Completed, Failed, Running, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from prune_jax.flows.display import artifact_key
 from prune_jax.flows.events import tell
-from prune_jax.flows.prune import THREADS, carry_out, made, outcome_of
+from prune_jax.flows.prune import THREADS, Written, carry_out, made, outcome_of, store_of
 from pydantic import Field
 
 from prune_jax.checkpoints import Store
 from prune_jax.contest import contest
 from prune_jax.gates import Check, number, reason, rows
 from prune_jax.promotion import Candidate, candidate, champion, promote, reject
-from prune_jax.recipe import Champion, Limits, Recipe, check_run_name, digest
+from prune_jax.recipe import Champion, Limits, Recipe, check_run_name, digest, read_recipe
 from prune_jax.registry import without_plugins
 from prune_jax.snapshots import snapshot
 
@@ -38,7 +38,7 @@ class Decision(RunInput):
 
 def _run_name() -> str:
     given = flow_run.parameters
-    return f"{given['name']} · {Recipe.model_validate(given['recipe']).name}"
+    return f"{given['name']} · {read_recipe(given['recipe'], changes=given.get('changes') or ()).name}"
 
 
 @flow(
@@ -48,29 +48,34 @@ def _run_name() -> str:
     persist_result=False,
 )
 def lifecycle(
-    recipe: Recipe,
+    recipe: Written,
     name: str,
-    store: str = "artifacts",
+    store: str | None = None,
     limits: Limits = Limits(max_drop=0.01),  # noqa: B008  (frozen)
     approval_seconds: int | None = None,
     network: str | None = None,
+    changes: list[str] | None = None,
     side_by_side: int | None = None,
     no_plugins: bool = False,
 ) -> State:
     """Puts today's data aside, runs the recipe on them, and promotes its network if it may.
 
     Args:
-        recipe: what is wanted; it evaluates and exports the network.
+        recipe: a built-in recipe's name, the path of a YAML file as the worker sees it, or the recipe itself; it
+            evaluates and exports the network.
         name: the champion's.
-        store: the folder in which artifacts, records and champions lie.
+        store: the folder in which artifacts, records and champions lie; left out, what `PRUNE_JAX_STORE` of the worker
+            says, else `artifacts`.
         limits: what the candidate must keep to, some of it beside the champion, on the candidate's test data.
         approval_seconds: wait so long for a person, who answers in the UI; left out, nobody is asked.
         network: the stage whose network it is, if the recipe exports several.
+        changes: `stages.train.epochs=3`: set before the run, as by `--set`.
         side_by_side: stages at a time; left out, as many as the machine is good for.
         no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
     """
+    recipe = read_recipe(recipe, changes=changes or ())
     with without_plugins(no_plugins):
-        outcome = _lifecycle(recipe, name, Store(store), limits, approval_seconds, network, side_by_side)
+        outcome = _lifecycle(recipe, name, Store(store_of(store)), limits, approval_seconds, network, side_by_side)
     if (wanted := made.get()) is not None:
         wanted.append(outcome)
     if outcome["outcome"] == "failed":

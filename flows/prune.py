@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from httpx import HTTPError
@@ -20,13 +21,14 @@ from prefect.utilities.annotations import quote
 from prune_jax.flows.assets import lineage, published
 from prune_jax.flows.display import show
 from prune_jax.flows.events import tell_finished, telling_breaches
-from prune_jax.flows.tasks import delays, limited_tags, stage, tags_of
+from prune_jax.flows.tasks import delays, device_tags, limited_tags, stage, tags_of
+from pydantic import BeforeValidator, Field
 
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError
 from prune_jax.preparation import check_networks, is_cached, prepare
 from prune_jax.progress import Progress, listeners
-from prune_jax.recipe import Recipe, Ref, StageCall, StageResult, check_run_name
+from prune_jax.recipe import Recipe, Ref, StageCall, StageResult, check_run_name, read_recipe
 from prune_jax.records import Run
 from prune_jax.registry import without_plugins
 from prune_jax.walk import failure, walk
@@ -35,10 +37,16 @@ from prune_jax.walk import failure, walk
 made: ContextVar[list[dict[str, Any]] | None] = ContextVar("made", default=None)
 THREADS = 8  # the walk says how many stages are at work; here is room for all that it may say
 
+# What a deployment takes, as users write it: a built-in name, a path, or the recipe, of which the UI draws a form.
+Written = Annotated[
+    Annotated[str, Field(title="Name or path", examples=["lenet-300-100", "/recipes/my.yaml"])] | Recipe,
+    BeforeValidator(read_recipe),
+]
+
 
 def _run_name() -> str:
     given = flow_run.parameters
-    recipe = Recipe.model_validate(given["recipe"])
+    recipe = read_recipe(given["recipe"], changes=given.get("changes") or ())
     return f"{given.get('name') or recipe.name} · seed {recipe.seed}"
 
 
@@ -49,28 +57,37 @@ def _run_name() -> str:
     persist_result=False,
 )
 def prune(
-    recipe: Recipe,
-    store: str = "artifacts",
+    recipe: Written,
+    store: str | None = None,
     name: str | None = None,
+    changes: list[str] | None = None,
     side_by_side: int | None = None,
     no_plugins: bool = False,
 ) -> State:
     """Trains, scores, masks, fine-tunes and evaluates as the recipe says.
 
     Args:
-        recipe: what is wanted.
-        store: the folder or URL in which artifacts and run records lie.
+        recipe: a built-in recipe's name, the path of a YAML file as the worker sees it, or the recipe itself.
+        store: the folder or URL in which artifacts and run records lie; left out, what `PRUNE_JAX_STORE` of the worker
+            says, else `artifacts`.
         name: the run's name; left out, the recipe's.
+        changes: `stages.train.epochs=3`: set before the run, as by `--set`.
         side_by_side: stages at a time; left out, as many as the machine is good for.
         no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
     """
+    recipe = read_recipe(recipe, changes=changes or ())
     with without_plugins(no_plugins):
-        record = carry_out(recipe, store, name or recipe.name, side_by_side)
+        record = carry_out(recipe, store_of(store), name or recipe.name, side_by_side)
     if (wanted := made.get()) is not None:
         wanted.append(record)
     if record["status"] == "failed":
         return Failed(message=record["message"])
     return Completed(message=record["message"])
+
+
+def store_of(given: str | None) -> str:
+    """The store of a run that was perhaps not told one."""
+    return given or os.environ.get("PRUNE_JAX_STORE", "artifacts")
 
 
 def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> dict[str, Any]:
@@ -89,7 +106,7 @@ def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -
         run.begin(call)
         future = stage.with_options(
             name=call.kind,
-            tags=tags_of(call) & limited,
+            tags=(tags_of(call) | device_tags()) & limited,
             retries=call.operation.retries,
             retry_delay_seconds=delays(call.operation.retries),
             timeout_seconds=call.operation.timeout_seconds,

@@ -11,6 +11,7 @@ import functools
 import gc
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, get_current_settings, temporary_settings
@@ -41,6 +43,42 @@ class Temporary(NamedTuple):
 def configured() -> bool:
     """Whether `PREFECT_API_URL` is set, in the environment or in the active profile."""
     return bool(get_current_settings().api.url)
+
+
+class Facts(NamedTuple):
+    """How Prefect is set up here, and whether its server answers."""
+
+    profile: str
+    home: Path
+    url: str = ""  # none: a run has a temporary server
+    fault: str = ""  # why it does not answer
+    version: str = ""
+    milliseconds: float = 0.0
+    limited: tuple[str, ...] = ()  # tags with a limit, `gpu: 1`
+
+
+def look() -> Facts:
+    """Asks the server that is set, once, and starts none."""
+    from prefect import get_client
+    from prefect.context import get_settings_context
+    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES
+
+    settings = get_current_settings()
+    url = re.sub("//[^/@]*@", "//", str(settings.api.url or ""))  # without a password
+    here = Facts(get_settings_context().profile.name, settings.home, url)
+    if not here.url:
+        return here
+    try:
+        patience = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 10}
+        with temporary_settings(patience), get_client(sync_client=True) as client:
+            version = client.api_version()
+            begun = time.perf_counter()
+            limits = client.read_global_concurrency_limits(limit=200)
+            milliseconds = 1000 * (time.perf_counter() - begun)
+    except Exception as error:  # an HTTPError, or what Prefect makes of it
+        return here._replace(fault=f"{type(error).__name__}: {error}")
+    limited = tuple(f"{it.name.removeprefix('tag:')}: {it.limit}" for it in limits if it.name.startswith("tag:"))
+    return here._replace(version=version, milliseconds=milliseconds, limited=limited)
 
 
 def start_early() -> Temporary:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from typing import Any
 from uuid import UUID
@@ -43,6 +45,14 @@ def worth_retrying(task: Any, task_run: Any, state: State) -> bool:
 def tags_of(call: StageCall) -> set[str]:
     """What a stage's task run is tagged with: its kind and the accelerator."""
     return {call.kind, jax.default_backend()}
+
+
+def device_tags() -> set[str]:
+    """One for each device of this process, `HOST-gpu-0`: a limit of 1 on it has the runs that share it take turns."""
+    backend = jax.default_backend()
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "") if backend == "gpu" else ""
+    numbers = shown.split(",") if shown else [device.id for device in jax.local_devices()]
+    return {f"{platform.node()}-{backend}-{number}" for number in numbers}
 
 
 def _tag_run(*tags: str) -> None:

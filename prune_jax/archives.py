@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prune_jax.errors import UserMistake
+from prune_jax.errors import UserMistake, shortened
 
 ARRAYS = 1000  # in one archive
 BOMB_BYTES, BOMB_RATIO = 2**28, 100  # unpacked: so large, and so many times what is there, is no data
@@ -43,7 +43,7 @@ def read_archive(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     except (UserMistake, OSError):
         raise
     except Exception as error:  # whatever the directory of a damaged archive makes zipfile raise
-        raise UserMistake(f"is damaged ({type(error).__name__}: {error}); write the file again") from error
+        raise UserMistake(f"is damaged ({type(error).__name__}: {shortened(error)}); write the file again") from error
 
 
 def check_unpacked(unpacked: int, packed: int, ratio: int = BOMB_RATIO) -> None:
@@ -83,4 +83,4 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     except UserMistake:
         raise
     except Exception as error:  # of zipfile, zlib, struct, tokenize, numpy: a damaged file brings out all of them
-        raise UserMistake(f"array {name!r} is damaged ({error}); write the file again") from error
+        raise UserMistake(f"array {name!r} is damaged ({shortened(error)}); write the file again") from error

@@ -29,7 +29,7 @@ from etils import epath
 
 from prune_jax.archives import check_unpacked
 from prune_jax.disks import GOES_ON, told
-from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake, did_you_mean
+from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake, did_you_mean, shortened
 from prune_jax.files import files_below, locked, replace, sha256, sync, sync_all
 from prune_jax.recipe import Ref, check_run_name, digest, is_run_name, printable, why_no_record
 from prune_jax.trees import leaves_by_path, nest
@@ -41,7 +41,7 @@ CHAMPIONS = "champions"
 AT_WORK, GATE = ".at-work", ".gate.lock"  # files of `runs/`: what the runs at work need; who holds the gate may remove
 SPARSE_RATIO = 10_000  # how much smaller a network of zeros may be on disk than in memory
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of what lies in a store; none of them leads out of it
-FILE = re.compile(r"[^/\\\0]+(/[^/\\\0]+)*")
+FILE = re.compile(r"(?=.{1,1000}$)(?!.*[\\\x00-\x1f\ud800-\udfff])[^/]+(/[^/]+)*")
 # Orbax numbers its operations for the whole process: saves side by side would take each other's temporary folders.
 ORBAX = threading.Lock()
 KEPT_STEPS = 2
@@ -197,7 +197,7 @@ class Store:
         for name, expected in meta["files"].items():
             file = folder / name
             if not FILE.fullmatch(name) or ".." in name.split("/"):
-                yield f"{name[:100]!r} in {META} leads out of it"
+                yield f"{name[:100]!r} in {META} leads out of it, or is no file's name"
                 continue
             wrong = ""
             with told(f"{file} cannot be read", str(self.root)):
@@ -207,7 +207,7 @@ class Store:
                 except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                     wrong = "is missing"
                 except OSError as error:
-                    if error.errno != errno.EIO:
+                    if error.errno not in (errno.EIO, errno.ENAMETOOLONG):
                         raise
                     wrong = "cannot be read from the disk"
             if wrong:
@@ -245,8 +245,8 @@ class Store:
             if isinstance(error, OSError) or not self.local:  # a disk or a network that may come back
                 raise
             raise DamagedArtifactError(
-                f"{ref.kind}/{ref.key}: its arrays cannot be read ({type(error).__name__}: {error}). Remove its folder "
-                "and run the recipe again: it will be made anew."
+                f"{ref.kind}/{ref.key}: its arrays cannot be read ({type(error).__name__}: {shortened(error)}). Remove "
+                "its folder and run the recipe again: it will be made anew."
             ) from error
         return nest(flat | leaves_by_path(found)), meta
 
@@ -552,6 +552,10 @@ def _is_meta(meta: Any) -> bool:
                 for shape, dtype in meta["arrays"].values()
             )
             and all(isinstance(meta.get(part, {}), dict) for part in ("call", "metrics", "facts"))
+            and all(
+                isinstance(kind, str) and isinstance(key, str)
+                for kind, key in meta.get("call", {}).get("inputs", {}).values()
+            )
         )
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return False

@@ -498,6 +498,22 @@ def gc_(
     console.print(f"{freed} {'would be freed; nothing was removed' if dry_run else 'freed'}", highlight=False)
 
 
+@app.command(epilog="Example:\n\n  prune-jax doctor --store /data/artifacts")
+def doctor(store: StoreOption = "artifacts", as_json: JsonOption = False) -> None:
+    """Looks over software, devices, threads, Prefect, store and disk; exit code 1 if something will fail."""
+    _quiet()
+    from rich.console import Console
+
+    from prune_jax.doctor import examine, findings_json, findings_table, healthy
+
+    findings = examine(store)
+    if as_json:
+        sys.stdout.write(json.dumps(findings_json(findings), indent=1) + "\n")
+    else:
+        Console().print(findings_table(findings))
+    raise typer.Exit(0 if healthy(findings) else 1)
+
+
 @app.command(epilog="Example:\n\n  prune-jax report lenet-300-100")
 def report(name: RunArgument, store: StoreOption = "artifacts") -> None:
     """Writes a run's report, one self-contained HTML file, and prints its path."""

@@ -59,6 +59,16 @@ class PromotionError(PruneError):
     """Somebody else promoted meanwhile: what was decided was decided against another champion."""
 
 
+def shortened(text: object, most: int = 300) -> str:
+    """The beginning of what somebody else wrote, a name or a library's message, so that an answer stays one.
+
+    >>> shortened("x" * 50, 10)
+    'xxxxxxx...'
+    """
+    whole = str(text)
+    return whole if len(whole) <= most else f"{whole[: most - 3]}..."
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Answers `"; did you mean 'x'?"` for the nearest known name, or nothing.
 

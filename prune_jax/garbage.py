@@ -97,8 +97,8 @@ def _garbage(store: Store, keep: int | None) -> Iterator[_Item]:
     for record in written:
         if record.content is None:
             raise DamagedArtifactError(
-                f"{record.path} is not JSON, so that what it needs is not known; nothing was removed. Run its recipe "
-                "again, or delete the file."
+                f"{record.path} is no record of a run, so that what it needs is not known; nothing was removed. "
+                "Run its recipe again, or delete the file."
             )
     kept = _kept(written, keep, runs)
     names = {record.run for record in kept}

@@ -15,7 +15,7 @@ from prune_jax.checkpoints import AT_WORK, CHAMPIONS, Store
 from prune_jax.errors import UserMistake
 from prune_jax.files import files_below
 from prune_jax.plan import VERSIONS
-from prune_jax.recipe import Ref
+from prune_jax.recipe import Ref, why_no_record
 
 RECORDS = "runs"
 DONE = {"ran", "cached"}
@@ -28,7 +28,7 @@ class Record(NamedTuple):
     run: str
     latest: bool  # of its name
     mtime: float
-    content: Mapping[str, Any] | None  # None: not JSON
+    content: Mapping[str, Any] | None  # None: no record
 
     @property
     def refs(self) -> set[Ref]:
@@ -115,7 +115,9 @@ def promoted(store: Store) -> tuple[str, set[str]]:
     folders = [folder for folder in _folders(store.root) if folder.name not in {RECORDS, *VERSIONS}]
     files = [entry for entry in store.root.iterdir() if not entry.is_dir()]
     files = [file for file in (*files, *chain.from_iterable(map(files_below, folders))) if file.suffix == ".json"]
-    return "\n".join(file.read_text() for file in files), {run for file in files for run in _runs_in(_json(file))}
+    return "\n".join(file.read_bytes().decode(errors="replace") for file in files), {
+        run for file in files for run in _runs_in(_json(file))
+    }
 
 
 def measure(path: epath.Path) -> tuple[int, float]:
@@ -140,21 +142,23 @@ def _folders(folder: epath.Path) -> list[epath.Path]:
 
 
 def _runs_in(content: Any) -> Iterator[str]:
-    if isinstance(content, Mapping):
-        if isinstance(content.get("run"), str):
-            yield content["run"]
-        content = list(content.values())
-    for part in content if isinstance(content, list) else ():
-        yield from _runs_in(part)
+    waiting = [content]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            if isinstance(part.get("run"), str):
+                yield part["run"]
+            part = list(part.values())
+        waiting += part if isinstance(part, list) else []
 
 
 def _json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _record(path: epath.Path) -> Mapping[str, Any] | None:
     content = _json(path)
-    return content if isinstance(content, Mapping) else None
+    return content if isinstance(content, Mapping) and why_no_record(content) is None else None

@@ -16,6 +16,7 @@ from prune_jax.promotion import champion
 from prune_jax.recipe import Limits, Recipe, StageResult, check_run_name, parents_of, read_recipe
 from prune_jax.records import Run
 from prune_jax.registry import without_plugins
+from prune_jax.shares import settle
 
 RUNNERS = ("threads", "local")
 
@@ -139,6 +140,7 @@ def _run(
     changes: Iterable[str],
     runner: str,
 ) -> dict[str, Any]:
+    settle()
     wanted = read_recipe(recipe, changes=changes)
     name = name or wanted.name
     check_run_name(name)

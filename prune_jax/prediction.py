@@ -8,7 +8,7 @@ import numpy as np
 
 from prune_jax.archives import read_archive
 from prune_jax.checkpoints import CHAMPIONS, Store
-from prune_jax.errors import DamagedArtifactError, UserMistake
+from prune_jax.errors import DamagedArtifactError, UserMistake, shortened
 from prune_jax.export import EXTENSIONS, load_stablehlo
 from prune_jax.promotion import reigning
 from prune_jax.recipe import Ref
@@ -29,12 +29,15 @@ def predict(store: Store, run: str, inputs: Mapping[str, np.ndarray], *, stage: 
         UserMistake: there is no such run or export, or the inputs do not fit.
     """
     data = _exported(store, run, stage)
-    given = [np.asarray(inputs[name]) for name in NAMES if name in inputs]
+    given = {name: np.asarray(inputs[name]) for name in NAMES if name in inputs}
+    for name, array in given.items():
+        if array.dtype.kind not in "fiub":
+            raise UserMistake(f"the inputs do not fit the network of run {run!r}: {name} is {array.dtype}, no numbers")
     try:
-        return load_stablehlo(data)(*given)
+        return load_stablehlo(data)(*given.values())
     except (TypeError, ValueError) as error:
-        shapes = ", ".join(f"{name} {list(np.shape(inputs[name]))}" for name in NAMES if name in inputs)
-        reason = str(error).partition("\n")[0]
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in given.items())
+        reason = shortened(str(error).partition("\n")[0])
         raise UserMistake(f"the inputs do not fit the network of run {run!r}: {shapes}. {reason}") from error
 
 
@@ -57,10 +60,12 @@ def _exported(store: Store, run: str, stage: str | None) -> bytes:
 
 
 def _program(store: Store, ref: Ref) -> bytes:
-    damage = f"{store.path(ref)} is missing" if store.meta(ref) is None else store.damage(ref)
+    file, damage = EXTENSIONS["stablehlo"], store.damage(ref)
+    if not damage and file not in (store.meta(ref) or {}).get("files", {}):
+        damage = f"{store.path(ref) / file} is not there, though a record names it"
     if damage:
         raise DamagedArtifactError(f"{damage}. Run the recipe again: it will be made anew.")
-    return (store.path(ref) / EXTENSIONS["stablehlo"]).read_bytes()
+    return (store.path(ref) / file).read_bytes()
 
 
 def read_inputs(path: str) -> dict[str, np.ndarray]:
@@ -74,5 +79,7 @@ def read_inputs(path: str) -> dict[str, np.ndarray]:
     if len(arrays) == 1:
         return {"x": next(iter(arrays.values()))}
     if "x" not in arrays:
-        raise UserMistake(f"{path}: holds {', '.join(arrays) or 'nothing'} but no x; name the inputs x (and lengths)")
+        raise UserMistake(
+            f"{path}: holds {shortened(', '.join(arrays)) or 'nothing'} but no x; name the inputs x (and lengths)"
+        )
     return arrays

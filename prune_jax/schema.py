@@ -6,7 +6,7 @@ from typing import Any
 
 from prune_jax.criteria import CRITERIA
 from prune_jax.datasets import SOURCES
-from prune_jax.recipe import BUILT_IN_METHODS, BUILT_IN_MODELS, Recipe
+from prune_jax.recipe import Recipe
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -14,11 +14,9 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     parts = schema["$defs"]
     names = {"anyOf": [{"enum": list(CRITERIA)}, {"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}]}
-    criterion = parts["Criterion"]
-    criterion["properties"]["name"] |= names
-    parts["Criterion"] = {"anyOf": [names, criterion], "title": "Criterion"}
-    parts["CustomModel"]["properties"]["kind"] |= {"not": {"enum": list(BUILT_IN_MODELS)}}
-    parts["CustomMethod"]["properties"]["kind"] |= {"not": {"enum": list(BUILT_IN_METHODS)}}
+    bare, whole = parts["Criterion"]["anyOf"]
+    bare |= names
+    whole["properties"]["name"] |= names
     source = parts["Data"]["properties"]["source"]
     source["anyOf"] = [{"enum": list(SOURCES)}, {"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -31,7 +31,7 @@ class Verification(NamedTuple):
 
     verdicts: tuple[Verdict, ...]
     records: int
-    unreadable: tuple[str, ...]  # records that are not JSON
+    unreadable: tuple[str, ...]  # files that are no records
     leftovers: tuple[Leftover, ...]  # told, and no damage
 
     @property
@@ -102,7 +102,7 @@ def verification_lines(found: Verification) -> Iterable[str]:
     else:
         yield f"{total}: all intact"
     for path in found.unreadable:
-        yield f"{escape(path)} is not JSON: no record of a run. Run its recipe again; what it computed is there."
+        yield f"{escape(path)} is no record of a run. Run its recipe again; what it computed is there."
     kinds = [left.what for left in found.leftovers]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     yield f"[dim]{found.records} records of runs" + (f"; no damage: {counts} (`prune-jax gc`)[/]" if kinds else "[/]")

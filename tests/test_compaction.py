@@ -14,6 +14,7 @@ from prune_jax.compaction import trace
 from prune_jax.errors import UserMistake
 from prune_jax.trees import leaves_by_path
 from tests.compiling import compilations
+from tests.sparing import sparing
 from tests.zoo import ZOO, Make
 
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile soon
@@ -144,12 +145,10 @@ def test_groups_are_those_that_the_network_has(name):
     assert {members: tuple(sorted(sizes)) for members, sizes in found.items()} == expected
 
 
-HALVED_WHEN_NAMED = {name for i, name in enumerate(ZOO) if i % 3} - SLOPES  # most of the zoo, to save time
+HALVED_WHEN_NAMED = {name for i, name in enumerate(ZOO) if i % 4} - SLOPES  # most of the zoo, to save time
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in HALVED_WHEN_NAMED else n for n in ZOO]
-)
+@pytest.mark.parametrize("name", sparing(ZOO, HALVED_WHEN_NAMED))
 def test_half_of_every_group(name):
     check(name, half(traced(name)[3], np.random.default_rng(1)), slopes=name in SLOPES)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import httpx
+import prefect
 import pytest
 from prefect import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
@@ -18,9 +19,10 @@ from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 from prune_jax.flows import tasks
 from prune_jax.flows.prune import prune, run_flow
-from prune_jax.flows.tasks import delays
+from prune_jax.flows.tasks import delays, device_tags
 
 from prune_jax.checkpoints import Store
+from prune_jax.doctor import examine
 from prune_jax.launch import lifecycle, run
 from prune_jax.promotion import champion
 from prune_jax.recipe import Limits, read_recipe
@@ -198,6 +200,37 @@ def test_limits_are_read_to_the_last_page(monkeypatch):
         finally:
             for name in names:
                 client.delete_global_concurrency_limit_by_name(name)
+
+
+def test_the_doctor_tells_the_server_and_its_limits(tmp_path):
+    with get_client(sync_client=True) as client:
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name="tag:tpu", limit=3))
+        try:
+            found = {it.what: it for it in examine(str(tmp_path))}
+        finally:
+            client.delete_global_concurrency_limit_by_name("tag:tpu")
+    assert found["prefect server"].state == "good"
+    assert found["prefect server"].found.startswith(f"{PREFECT_API_URL.value()}, version {prefect.__version__}, ")
+    assert "tpu: 3" in found["prefect limits"].found
+
+
+@pytest.mark.slow
+def test_stages_take_turns_on_a_device_with_a_limit(tmp_path):
+    """Two at a time are allowed, but the device has a limit of 1."""
+    (tag, *_) = sorted(device_tags())
+    a, b = ({**PRUNE, "criterion": f"tests.samples.faults:slow_{x}", "after": "train"} for x in "ab")
+    with get_client(sync_client=True) as client:
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=f"tag:{tag}", limit=1))
+        try:
+            recipe = read_recipe(tiny(train=TRAIN, a=a, b=b))
+            record = run_flow(recipe, store=str(tmp_path), name="turns", side_by_side=2)
+        finally:
+            client.delete_global_concurrency_limit_by_name(f"tag:{tag}")
+    assert record["status"] == "completed", record["message"]
+    _, runs = told("turns · seed 0")
+    spans = sorted((r.start_time, r.end_time) for r in runs)
+    assert all(tag in r.tags for r in runs)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans)), spans
 
 
 @pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (1, 2)])

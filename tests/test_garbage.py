@@ -173,7 +173,9 @@ def test_a_record_that_cannot_be_read_keeps_everything(three):
     before = artifacts(three)
     with pytest.raises(DamagedArtifactError) as caught:
         remove(three, keep=1)
-    assert str(caught.value).startswith(f"{file} is not JSON, so that what it needs is not known; nothing was removed.")
+    assert str(caught.value).startswith(
+        f"{file} is no record of a run, so that what it needs is not known; nothing was removed."
+    )
     assert artifacts(three) == before
 
 

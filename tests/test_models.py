@@ -13,6 +13,7 @@ import pytest
 from prune_jax.errors import UserMistake
 from prune_jax.models import MODELS, Network, build
 from prune_jax.trees import leaves_by_path
+from tests.sparing import sparing
 
 
 def spec(*shape, dtype=jnp.float32):
@@ -55,6 +56,9 @@ CASES = {
     "linen instance": ("tests.samples.nets:LINEN_INSTANCE", {}, (VECTOR,)),
     "linen function": ("tests.samples.nets:make_linen", {"width": 16}, (VECTOR,)),
 }
+# Each compiles for seconds; a stage or an export runs each such kind of network besides.
+SLOW = {"resnet", "transformer of tokens", "nnx.RNN", "gru of tokens", "nnx function", "linen function"}
+MOST = sparing(CASES, SLOW)
 RANDOM = {"mlp with everything", "cnn with everything", "autoencoder", "gru", "transformer", "nnx class"} | {
     "nnx function", "nnx by flag", "linen class", "linen, deterministic", "linen instance", "linen function"
 }  # fmt: skip
@@ -104,7 +108,7 @@ def test_every_built_in_kind_is_tested():
     assert set(MODELS) <= {kind for kind, _, _ in CASES.values()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MOST)
 def test_init_follows_the_key_alone(case):
     init = init_of(case)
     one, again, other = variables_of(case), init(jax.random.key(0)), init(jax.random.key(1))
@@ -127,7 +131,7 @@ def test_init_is_the_same_without_jit_and_of_another_network(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), eager, variables_of(case))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MOST)
 def test_containers_are_nested_dicts_with_string_keys(case):
     def check(tree):
         if isinstance(tree, dict):
@@ -143,7 +147,7 @@ def test_containers_are_nested_dicts_with_string_keys(case):
     assert bool(variables.state) == (case in STATEFUL)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MOST)
 def test_apply_is_the_same_without_jit_and_at_several_sizes_of_batch(case):
     network, forward = network_of(case), forward_of(case)
     params, state = variables_of(case)
@@ -170,7 +174,7 @@ def test_training_is_the_same_without_jit_and_leaks_nothing(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), eager, jitted)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MOST)
 def test_training_is_random_where_there_is_dropout_and_only_there(case):
     params, state = variables_of(case)
     inputs = inputs_of(case, 4)
@@ -187,7 +191,7 @@ def test_training_is_random_where_there_is_dropout_and_only_there(case):
             outputs(True, None)
 
 
-@pytest.mark.parametrize("case", sorted(STATEFUL))
+@pytest.mark.parametrize("case", sparing(sorted(STATEFUL), SLOW & STATEFUL))
 def test_batch_statistics_move_in_training_only(case):
     forward = forward_of(case)
     params, state = variables_of(case)
@@ -204,7 +208,7 @@ def test_batch_statistics_move_in_training_only(case):
     assert not np.array_equal(in_new_state, in_old_state)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MOST)
 def test_gradients_are_finite_and_reach_every_leaf(case):
     network = network_of(case)
     params, state = variables_of(case)
@@ -225,7 +229,7 @@ def test_gradients_are_finite_and_reach_every_leaf(case):
         assert np.any(gradient) or path.endswith("attention/key/bias"), path
 
 
-@pytest.mark.parametrize("case", ["mlp", "gru", "transformer", "nnx.RNN", "linen class"])
+@pytest.mark.parametrize("case", sparing(["mlp", "gru", "transformer", "nnx.RNN", "linen class"], ["nnx.RNN"]))
 def test_per_example_gradients_by_vmap(case):
     network = network_of(case)
     params, state = variables_of(case)
@@ -242,7 +246,9 @@ def test_per_example_gradients_by_vmap(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a.sum(0), b, rtol=2e-4, atol=2e-4), each, whole)
 
 
-@pytest.mark.parametrize("case", ["gru", "lstm", "gru of tokens", "transformer", "nnx.RNN"])
+@pytest.mark.parametrize(
+    "case", sparing(["gru", "lstm", "gru of tokens", "transformer", "nnx.RNN"], ["gru of tokens", "nnx.RNN"])
+)
 def test_padding_is_masked(case):
     forward = forward_of(case)
     params, state = variables_of(case)
@@ -392,7 +398,7 @@ def test_paths_of_a_resnet():
         ("mlp", {"widths": [3], "bias": False}, (spec(2),), 1, 9),
         ("cnn", {"widths": [20, 50], "dense": [500], "padding": "valid"}, (spec(28, 28, 1),), 10, 431_080),
         ("resnet", {}, (spec(32, 32, 3),), 10, 272_474),
-        ("resnet", {"depth": 56}, (spec(32, 32, 3),), 10, 855_770),
+        pytest.param("resnet", {"depth": 56}, (spec(32, 32, 3),), 10, 855_770, marks=pytest.mark.slow),
         ("autoencoder", {"widths": [32], "code": 8}, (spec(8, 8, 1),), 64, 4_744),
         ("rnn", {}, (spec(29, 12), LENGTHS), 9, 15_369),
     ],

@@ -16,6 +16,7 @@ from prune_jax.preparation import prepare
 from prune_jax.recipe import read_recipe
 from prune_jax.stages import run_stage
 from tests.plain import EVALUATE, PRUNE, TRAIN, arrays, part, run_plain, same_bytes, tiny
+from tests.sparing import sparing
 
 BUILT_IN = tuple(name for name in CRITERIA if "weight" in CRITERIA[name].granularities)
 HELD_STILL = {"name": "sgd", "learning_rate": 1e-44}  # steps that move nothing
@@ -58,7 +59,7 @@ def shared(tmp_path_factory):
     return Store(tmp_path_factory.mktemp("stages") / "store")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", sparing(BUILT_IN, ["sparsegpt", "woodfisher", "obd", "grasp"]))
 def test_every_criterion_prunes_exactly_what_was_asked(shared, name):
     prune = {**PRUNE, "criterion": name, "finetune": {"steps": 3, "optimizer": {"learning_rate": 0.01}}}
     _, results = run_plain(tiny(train=TRAIN, prune=prune, evaluate=EVALUATE), shared)
@@ -401,7 +402,7 @@ MODELS = {
 
 # What takes long to compile is scored by its weights alone and not trained on, or left to the slow tests.
 TRAINED_ON = ("mlp", "gru", "nnx", "linen", "autoencoder", "regression")
-SLOW = ("resnet", "gru", "lstm", "transformer", "tokens", "linen", "nnx", "autoencoder")
+SLOW = ("cnn", "regression", "resnet", "gru", "lstm", "transformer", "tokens", "linen", "nnx", "autoencoder")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in MODELS])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.errors import UserMistake, did_you_mean, shortened
 
 NAMES = ("x_train", "y_train", "len_train", "x_test", "y_test", "len_test")
 EXTRAS = ("classes", "note")
@@ -111,12 +111,14 @@ def _check_names(found: Mapping[str, Any], where: str) -> None:
             strangers = [n for n in found if n not in allowed]
             raise UserMistake(
                 f"{where}: array {name!r} is missing{did_you_mean(name, strangers)} "
-                f"(found: {', '.join(n for n in found if n not in EXTRAS) or 'none'}; needed: {', '.join(wanted)})"
+                f"(found: {shortened(', '.join(n for n in found if n not in EXTRAS)) or 'none'}; "
+                f"needed: {', '.join(wanted)})"
             )
     for name in found:
         if name not in allowed:
             raise UserMistake(
-                f"{where}: array {name!r} is not known{did_you_mean(name, NAMES)} (allowed: {', '.join(NAMES)})"
+                f"{where}: array {shortened(name, 60)!r} is not known{did_you_mean(name, NAMES)} "
+                f"(allowed: {', '.join(NAMES)})"
             )
 
 

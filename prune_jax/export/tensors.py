@@ -9,7 +9,7 @@ from typing import NoReturn
 import jax.numpy as jnp
 import numpy as np
 
-from prune_jax.errors import DamagedArtifactError, PruneError
+from prune_jax.errors import DamagedArtifactError, PruneError, shortened
 
 BITS = (8, 16, 32, 64)
 TYPES = {
@@ -65,4 +65,4 @@ def load_safetensors(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]
 
 def refuse(what: str) -> NoReturn:
     """Says why a file of arrays cannot be read."""
-    raise DamagedArtifactError(f"the file of arrays cannot be read: {what}. Export the network anew.")
+    raise DamagedArtifactError(f"the file of arrays cannot be read: {shortened(what)}. Export the network anew.")

@@ -107,7 +107,10 @@ class Transformer(Frozen):
 class CustomModel(Frozen):
     """A Flax NNX or Linen module, or a function that answers one: `my_pkg.nets:Net`."""
 
-    kind: str = Field(description="module:object, or the name of an installed plug-in")
+    kind: str = Field(
+        description="module:object, or the name of an installed plug-in",
+        json_schema_extra=lambda schema: schema.update(_of_others()),
+    )
     args: Arguments = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -131,6 +134,10 @@ BUILT_IN_MODELS = {
     "rnn": Rnn,
     "transformer": Transformer,
 }
+
+
+def _of_others() -> dict[str, Any]:
+    return {"not": {"enum": list(BUILT_IN_MODELS)}}
 
 
 def _model_tag(value: Any) -> str:

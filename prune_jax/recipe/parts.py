@@ -50,9 +50,10 @@ def _plain(value: Any) -> Any:
 Plain = Annotated[Any, AfterValidator(_plain)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 
+_End = Literal["first", "last"]
 Spare = Annotated[
-    tuple[Literal["first", "last"], ...],
-    BeforeValidator(_ends),
+    tuple[_End, ...],
+    BeforeValidator(_ends, json_schema_input_type=_End | tuple[_End, ...]),
     AfterValidator(lambda ends: tuple(sorted(set(ends)))),
     Field(
         description="layers that stay dense: of the parameters that may be pruned, the one that the network uses first "
@@ -165,8 +166,17 @@ class Perturbation(Frozen):
     steps: int = Field(default=7, ge=1, description="of pgd")
 
 
+def _or_its_name(schema: dict[str, Any]) -> None:
+    """A criterion's JSON schema, beside which its bare name will do."""
+    whole = dict(schema)
+    schema.clear()
+    schema |= {"title": "Criterion", "anyOf": [{"type": "string", "title": "Name"}, whole]}
+
+
 class Criterion(Frozen):
     """What makes a score."""
+
+    model_config = ConfigDict(json_schema_extra=_or_its_name)
 
     name: str = Field(description="see `prune-jax methods`", examples=["magnitude", "taylor"])
     options: Arguments = Field(default_factory=dict)

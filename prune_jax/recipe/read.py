@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn
 import yaml
 from pydantic import ValidationError
 
-from prune_jax.errors import UserMistake, did_you_mean
+from prune_jax.errors import UserMistake, did_you_mean, shortened
 from prune_jax.recipe.bounds import BYTES, DEPTH, PARTS
 from prune_jax.recipe.limits import Limits
 from prune_jax.recipe.recipe import Recipe
@@ -168,7 +168,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                self._refuse(f"*{event.anchor} stands within what it names", event.start_mark)
+                self._refuse(f"*{shortened(event.anchor, 60)} stands within what it names", event.start_mark)
             self._parts += self._sizes[id(node)]
         else:
             self._parts += 1
@@ -189,7 +189,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:  # of a key that is a list, the text will do: it is refused later
-                self._refuse(f"{key.value!r} stands twice", key.start_mark)
+                self._refuse(f"{_short(key.value)} stands twice", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -198,20 +198,21 @@ def _with_change(
     raw: dict[str, Any], change: str, option: str = "--set", example: str = "stages.train.epochs=3"
 ) -> dict[str, Any]:
     path, equals, text = change.partition("=")
+    told = f"{option} {shortened(change, 60)}"
     if not equals or not path.strip():
-        raise UserMistake(f"{option} {change}: write path=value, such as {option} {example}")
+        raise UserMistake(f"{told}: write path=value, such as {option} {example}")
     try:
         value = yaml.load(text[: BYTES + 1], _Loader)
     except (yaml.YAMLError, RecursionError):
-        raise UserMistake(f"{option} {_short(change)[1:-1]}: {_short(text)} is not a YAML value") from None
+        raise UserMistake(f"{told}: {_short(text)} is not a YAML value") from None
     steps = path.strip().split(".")
     if len(steps) > DEPTH:
-        raise UserMistake(f"{option} {_short(change)[1:-1]}: the path is more than {DEPTH} deep")
+        raise UserMistake(f"{told}: the path is more than {DEPTH} deep")
     stages = [str(name) for name in raw["stages"]] if isinstance(raw.get("stages"), Mapping) else []
     if steps[0] == "stages" and len(steps) > 2 and steps[1] not in stages:
         raise UserMistake(
-            f"--set {change}: there is no stage {steps[1]!r}{did_you_mean(steps[1], stages)} "
-            f"(stages: {', '.join(stages)})"
+            f"{told}: there is no stage {shortened(steps[1], 60)!r}{did_you_mean(steps[1], stages)} "
+            f"(stages: {shortened(', '.join(stages))})"
         )
     return with_value(raw, steps, value)
 
@@ -260,7 +261,7 @@ def _locate(location: list[Any], raw: Any, *, missing: bool) -> tuple[str, Any, 
             found = False
         else:
             continue
-        path.append(str(part))
+        path.append(shortened(part, 60))
     return ".".join(path) or "recipe", value, found
 
 

@@ -209,7 +209,10 @@ class CustomMethod(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, Plain] = Field(init=False)
 
-    kind: str = Field(description="module:object, or the name of a registered method, such as an installed plug-in's")
+    kind: str = Field(
+        description="module:object, or the name of a registered method, such as an installed plug-in's",
+        json_schema_extra=lambda schema: schema.update({"not": {"enum": list(BUILT_IN_METHODS)}}),
+    )
     exclude: Exclude = ()
     spare: Spare = ()
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
 from jax import lax
 
 from prune_jax.allocation import Pool

@@ -30,6 +30,8 @@ BOUNDS: dict[str, dict[str, float | None]] = {
         "prune-jax --help": 0.5,
         "*": None,
     },
+    "tasks": {"running server*": 150, "*": None},
+    "sharing": {"*": None},
     "training": {"* / *": 1.05, "*": None},
     "masked_step": {
         "*dense step / dense step": None,

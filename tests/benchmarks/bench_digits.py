@@ -1,9 +1,9 @@
 """Accuracy on digits by the protocol under which jaxpruner was measured, beside its rows.
 
 A perceptron 64-128-64-10; 30 epochs dense, 30 along a cubic schedule with masks every epoch, 30 under the last masks;
-Adam 1e-3, batch 64. The seed draws the split (1,437 to train, 360 to test), the parameters, the order of examples, and what
-methods draw. Sparsity is of the 17,024 weights of kernels. Methods that are sparse from the start are so for all 90 epochs.
-jaxpruner had 5 seeds; here there are 20, so that luck of ours hides nothing.
+Adam 1e-3, batch 64. The seed draws the split (1,437 to train, 360 to test), the parameters, the order of examples, and
+what methods draw. Sparsity is of the 17,024 weights of kernels. Methods that are sparse from the start are so for all
+90 epochs. jaxpruner had 5 seeds; here there are 20, so that luck of ours hides nothing.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Cancelling, Scheduled
 
-from prune_jax.recipe import read_recipe
 from tests.faults.runs import (
     NAME,
     PrefectServer,
@@ -58,8 +57,7 @@ class Served(NamedTuple):
 
     def begin(self, store: Path) -> UUID:
         """Asks for a run."""
-        whole = read_recipe(recipe()).model_dump(mode="json", exclude_unset=True)  # the server knows no short forms
-        given = {"recipe": whole, "store": str(store), "name": NAME}
+        given = {"recipe": recipe(), "store": str(store), "name": NAME}
         return self.client.create_flow_run_from_deployment(self.deployment, parameters=given).id
 
     def state(self, run: UUID) -> str:
@@ -96,10 +94,11 @@ def served(folder: Path) -> Iterator[Served]:
         env = {**server.env, "PREFECT_API_URL": server.url, "PREFECT_WORKER_QUERY_SECONDS": "2"}
         env["PYTHONPATH"] = str(ROOT)
         prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
-        create = [*prefect, "work-pool", "create", "--type", "process", "local"]
+        template = ["--base-job-template", str(ROOT / "deployments" / "pools" / "process-cpu.json")]
+        create = [*prefect, "work-pool", "create", "local", "--type", "process", *template]
         deploy = [*prefect, "deploy", "--prefect-file", str(ROOT / "deployments" / "prefect.yaml"), "--all"]
-        subprocess.run(create, cwd=folder, env=env, check=True, capture_output=True)
-        subprocess.run(deploy, cwd=folder, env=env, capture_output=True)  # Prefect 3.8.8 deploys, then fails in a hint
+        for words in (create, deploy):
+            subprocess.run(words, cwd=folder, env={**env, "PWD": str(folder)}, check=True, capture_output=True)
         with SyncPrefectClient(server.url) as client:
             deployment = client.read_deployment_by_name("prune/prune").id
             it = Served(folder, env, client, deployment, [])
