@@ -31,6 +31,7 @@ from prune_jax.progress import Progress, listeners
 from prune_jax.recipe import Recipe, Ref, StageCall, StageResult, check_run_name, read_recipe
 from prune_jax.records import Run
 from prune_jax.registry import without_plugins
+from prune_jax.sinks import logged, targets
 from prune_jax.walk import failure, walk
 
 # What came of a run in this context, for whoever called the flow; of the same name there may be others by then.
@@ -93,6 +94,8 @@ def store_of(given: str | None) -> str:
 def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> dict[str, Any]:
     """Has the tasks of the flow run at work carry out a recipe, and answers the run record."""
     check_run_name(name)
+    log = os.environ.get("PRUNE_JAX_LOG", "")
+    targets(log)
     artifacts = Store(store)
     plan = prepare(recipe)
     if not is_cached(plan, artifacts):
@@ -121,8 +124,14 @@ def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -
         context.copy().run(tell_finished, name, call, result, future.task_run_id)
         done(result)
 
-    with artifacts.at_work(call.ref for call in plan.calls), _ending_stages(), telling_breaches(name):
+    with (
+        artifacts.at_work(call.ref for call in plan.calls),
+        _ending_stages(),
+        telling_breaches(name),
+        logged(log, name) as log_record,
+    ):
         record = run.finish(walk(plan, artifacts, submit, side_by_side=side_by_side or _side_by_side()))
+        log_record(record)
     show(artifacts, record)
     return record
 
