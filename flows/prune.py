@@ -17,8 +17,8 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
-from prefect.utilities.annotations import quote
 from prune_jax.flows.assets import lineage, published
+from prune_jax.flows.clusters import Cluster
 from prune_jax.flows.display import show
 from prune_jax.flows.events import tell_finished, telling_breaches
 from prune_jax.flows.tasks import delays, device_tags, limited_tags, stage, tags_of
@@ -30,7 +30,7 @@ from prune_jax.preparation import check_networks, is_cached, prepare
 from prune_jax.progress import Progress, listeners
 from prune_jax.recipe import Recipe, Ref, StageCall, StageResult, check_run_name, read_recipe
 from prune_jax.records import Run
-from prune_jax.registry import without_plugins
+from prune_jax.registry import plugins_allowed, without_plugins
 from prune_jax.sinks import logged, targets
 from prune_jax.walk import failure, walk
 
@@ -78,7 +78,12 @@ def prune(
     """
     recipe = read_recipe(recipe, changes=changes or ())
     with without_plugins(no_plugins):
-        record = carry_out(recipe, store_of(store), name or recipe.name, side_by_side)
+        return _prune(recipe, store_of(store), name or recipe.name, side_by_side)
+
+
+def _prune(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> State:
+    """What the flow does, apart: Dask sends a flow's function with all that it names, and this one by its name."""
+    record = carry_out(recipe, store, name, side_by_side)
     if (wanted := made.get()) is not None:
         wanted.append(record)
     if record["status"] == "failed":
@@ -101,6 +106,7 @@ def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -
     if not is_cached(plan, artifacts):
         check_networks(plan)
     run = Run(plan, artifacts, name)
+    where, bare = str(artifacts.root), not plugins_allowed()
     futures: dict[Ref, PrefectFuture[StageResult]] = {}
     limited, networks = limited_tags(), published(plan, artifacts)
     context = copy_context()  # results come from threads that know no flow run
@@ -114,7 +120,7 @@ def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -
             retry_delay_seconds=delays(call.operation.retries),
             timeout_seconds=call.operation.timeout_seconds,
             **lineage(call, artifacts, networks),
-        ).submit(quote(call), store, wait_for=[futures[ref] for ref in call.inputs.values() if ref in futures])
+        ).submit(call, where, bare, wait_for=[futures[ref] for ref in call.inputs.values() if ref in futures])
         futures[call.ref] = future
         future.add_done_callback(lambda future: finish(call, future, done))
 
@@ -136,7 +142,9 @@ def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -
     return record
 
 
-def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None = None) -> dict[str, Any]:
+def run_flow(
+    recipe: Recipe, *, store: str, name: str, side_by_side: int | None = None, cluster: Cluster | None = None
+) -> dict[str, Any]:
     """Runs the flow in this process and answers the run record.
 
     Args:
@@ -144,12 +152,15 @@ def run_flow(recipe: Recipe, *, store: str, name: str, side_by_side: int | None 
         store: where artifacts and records lie.
         name: the run's name.
         side_by_side: stages at a time; left out, as many as the machine is good for.
+        cluster: where stages run; left out, in threads of this process.
 
     Raises:
         UserMistake: the recipe is wrong.
         PruneError: the run ended without a record.
     """
-    return outcome_of(lambda: prune(recipe, store=store, name=name, side_by_side=side_by_side, return_state=True))
+    at_work = prune if cluster is None else prune.with_options(task_runner=cluster.runner)
+    at_a_time = side_by_side if cluster is None else cluster.threads
+    return outcome_of(lambda: at_work(recipe, store=store, name=name, side_by_side=at_a_time, return_state=True))
 
 
 def outcome_of(call: Callable[[], State]) -> dict[str, Any]:

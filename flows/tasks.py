@@ -24,6 +24,7 @@ from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError
 from prune_jax.progress import Progress, Report, listeners
 from prune_jax.recipe import StageCall, StageResult
+from prune_jax.registry import without_plugins
 from prune_jax.stages import run_stage
 
 RETRY_DELAYS = [5, 30, 120]  # seconds; the last for all further tries
@@ -84,10 +85,12 @@ def delays(retries: int) -> list[int]:
     return (RETRY_DELAYS + RETRY_DELAYS[-1:] * retries)[:retries]
 
 
-def _stage(call: StageCall, store: str) -> StageResult:
+def _stage(call: StageCall, store: str, no_plugins: bool = False) -> StageResult:
     """Carries out one stage; returns at once when its artifact is already in the store."""
     _tag_run(*tags_of(call))
-    result = run_stage(call, Store(store, there=True), report=_to_all(listeners.get().progress, _progress_artifact()))
+    report = _to_all(listeners.get().progress, _progress_artifact())
+    with without_plugins(no_plugins):  # this may be another machine than the run's
+        result = run_stage(call, Store(store, there=True), report=report)
     describe(call, result)
     get_run_logger().info("%s %s in %.1f s: %s/%s", call.name, result.status, result.seconds, result.kind, result.key)
     return result

@@ -6,6 +6,7 @@ room that knows Orbax.
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import errno
 import functools
@@ -16,6 +17,7 @@ import platform
 import re
 import shutil
 import stat
+import tempfile
 import threading
 import time
 import uuid
@@ -30,7 +32,7 @@ from etils import epath
 from prune_jax.archives import check_unpacked
 from prune_jax.disks import GOES_ON, told
 from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake, did_you_mean, shortened
-from prune_jax.files import files_below, locked, replace, sha256, sync, sync_all
+from prune_jax.files import copy_file, files_below, locked, replace, sha256, sync, sync_all
 from prune_jax.recipe import Ref, check_run_name, digest, is_run_name, printable, why_no_record
 from prune_jax.trees import leaves_by_path, nest
 
@@ -66,12 +68,14 @@ class Store:
         there: it must be there already: a store that went away in the middle of a run is not begun anew.
 
     Raises:
-        UserMistake: it is a file, or of a newer format than this software reads.
+        UserMistake: it is a file, cannot be reached, or is of a newer format than this software reads.
         StoreError: it should be there and is not.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, there: bool = False):
         try:
+            if "://" in str(root):
+                _fresh_listings(str(root).partition("://")[0])
             path = epath.Path(root)
             self.root = path if "://" in str(root) else path.resolve()  # Orbax takes absolute paths only
             is_file = self.local and not stat.S_ISDIR(os.stat(self.root).st_mode)
@@ -79,8 +83,12 @@ class Store:
             is_file = False
         except (ValueError, OSError) as error:
             raise UserMistake(f"store = {str(root)[:100]!r}: cannot be a folder ({error})") from None
+        if not self.local:
+            _reach(self.root)
         if is_file:
             raise UserMistake(f"{self.root} is a file; a store is a folder. Give another one with --store.")
+        # Locks and step checkpoints lie on a disk: in the store, or where this machine keeps them for one on a URL.
+        self.near = Path(self.root) if self.local else _cache() / digest(str(self.root))[:20]
         self.there = there or (self.local and self.format is not None)
         if there:
             self.expect()
@@ -139,20 +147,20 @@ class Store:
 
     def work(self, ref: Ref) -> epath.Path:
         """The folder in which a stage keeps its step checkpoints until it is done."""
-        return self._below(ref.kind, f"{ref.key}.work")
+        return self._below(ref.kind, f"{ref.key}.work", root=epath.Path(self.near))
 
-    def _below(self, *names: str) -> epath.Path:
+    def _below(self, *names: str, root: epath.Path | None = None) -> epath.Path:
         """A path below the root that stays there, whoever wrote the names and the folders.
 
         Raises:
             DamagedArtifactError: a name leads elsewhere, or a folder on the way is a symbolic link.
         """
-        found = self.root
+        found = root or self.root
         for name in names:
             if not NAME.fullmatch(name):
                 raise DamagedArtifactError(f"{name[:100]!r} is no name of the store in {self.root}.")
             found = found / name
-            if self.local and os.path.islink(found):
+            if (root or self.local) and os.path.islink(found):
                 raise DamagedArtifactError(
                     f"{found} is a symbolic link, and a store follows none: what lies behind it may be anybody's. Put "
                     "the folder itself there, or give the place that it leads to with --store."
@@ -239,8 +247,9 @@ class Store:
             target = nest({p: array for p, array in flat.items() if array.size})
             if not target:
                 return nest(flat), meta
-            with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                found = checkpointer.restore(self.path(ref) / ARRAYS, args=ocp.args.StandardRestore(target))
+            with self._at_hand(ref, meta) as folder, ORBAX:
+                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                    found = checkpointer.restore(folder / ARRAYS, args=ocp.args.StandardRestore(target))
         except Exception as error:  # what Orbax raises where arrays are not as meta says; we write no such artifacts
             if isinstance(error, OSError) or not self.local:  # a disk or a network that may come back
                 raise
@@ -250,10 +259,22 @@ class Store:
             ) from error
         return nest(flat | leaves_by_path(found)), meta
 
+    @contextlib.contextmanager
+    def _at_hand(self, ref: Ref, meta: Mapping[str, Any]) -> Iterator[epath.Path]:
+        """The artifact on a disk of this machine: Orbax reads and writes no URLs but `gs://`."""
+        if self.local:
+            yield self.path(ref)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copied = epath.Path(folder)
+            for name in meta["files"]:
+                copy_file(self.path(ref) / name, copied / name)
+            yield copied
+
     def write(
         self, ref: Ref, arrays: Mapping[str, Any], meta: Mapping[str, Any], files: Mapping[str, bytes] | None = None
     ) -> dict[str, Any]:
-        """Publishes an artifact by one rename and answers its meta; what is already there stays.
+        """Publishes an artifact by one rename, on a URL by its last file, and answers its meta; what is there stays.
 
         Args:
             ref: its name.
@@ -272,9 +293,10 @@ class Store:
     ) -> dict[str, Any]:
         final = self.path(ref)
         self.make(final.parent)
-        aside = final.parent / f".{ref.key}.{uuid.uuid4().hex[:8]}.tmp"
+        written = f".{ref.key}.{uuid.uuid4().hex[:8]}.tmp"
+        aside = final.parent / written if self.local else epath.Path(tempfile.gettempdir()) / written
         try:
-            aside.mkdir()
+            aside.mkdir(mode=0o777 if self.local else 0o700)
             for name, data in files.items():
                 (aside / name).write_bytes(data)
             full = self._fill(aside, ref, arrays, meta)
@@ -282,9 +304,12 @@ class Store:
                 if self.intact(ref):  # somebody else was quicker
                     return self.meta(ref) or full
                 self.set_aside(ref)
-            aside.rename(final)
             if self.local:
+                aside.rename(final)
                 sync(Path(final.parent))
+            else:  # there are no folders to rename: without the last file there is no artifact
+                for name in (*full["files"], META):
+                    copy_file(aside / name, final / name)
         finally:
             if aside.exists():
                 aside.rmtree()
@@ -319,7 +344,12 @@ class Store:
         """Moves a damaged artifact out of the way; nothing is deleted."""
         moved = self.path(ref).parent / f"{ref.key}.damaged-{uuid.uuid4().hex[:8]}"
         with told(f"{ref.kind}/{ref.key}, which is damaged, cannot be moved aside", str(self.root)):
-            self.path(ref).rename(moved)
+            if self.local:
+                self.path(ref).rename(moved)
+            else:
+                for file in list(files_below(self.path(ref))):
+                    copy_file(file, moved / file.relative_to(self.path(ref)))
+                self.path(ref).rmtree()
         return moved
 
     def clear_work(self, ref: Ref) -> None:
@@ -332,20 +362,17 @@ class Store:
         """Holds the artifact's lock: a second run waits and then finds the first one's result.
 
         The kernel lets go of it with the process, so a killed run leaves nothing locked; what it left half written is
-        removed by the next who holds the lock. Remote stores have none; there the same artifact may be made twice and
-        the first one stays.
+        removed by the next who holds the lock. Those of a store on a URL hold among the runs of one machine; two
+        machines may make the same artifact, and the one whose last file comes last stays.
 
         Args:
             ref: the artifact's name.
             waiting: called now and then while another one holds the lock; what it raises ends the wait.
         """
-        if not self.local:
-            yield
-            return
         with told(f"{ref.kind}/{ref.key} cannot be begun", str(self.root)):
-            folder = self.path(ref).parent
-            self.make(folder)
-            path = Path(folder) / f".{ref.key}.lock"
+            self.make(self.path(ref).parent)
+            path = Path(self.work(ref)).parent / f".{ref.key}.lock"
+            path.parent.mkdir(parents=True, exist_ok=True)
             while (file := locked(path, wait=False)) is None:
                 waiting()
                 time.sleep(LOCK_POLL)
@@ -383,7 +410,7 @@ class Store:
             yield
 
     def _clear_leftovers(self, ref: Ref) -> None:
-        for aside in Path(self.root).glob(f"{ref.kind}/.{ref.key}.*.tmp"):
+        for aside in self.near.glob(f"{ref.kind}/.{ref.key}.*.tmp"):
             shutil.rmtree(aside)
         if self.meta(ref):
             self.clear_work(ref)
@@ -391,7 +418,7 @@ class Store:
     def steps(self, ref: Ref) -> Steps:
         """The step checkpoints of a stage at work."""
         with told(f"{ref.kind}/{ref.key} cannot be begun", str(self.root)):
-            self.make(self.work(ref).parent)
+            self.make(self.path(ref).parent)
             return Steps(self.work(ref), self)
 
     # Run records
@@ -454,8 +481,43 @@ class Store:
 
 
 def age(record: epath.Path) -> tuple[float, str]:
-    """What orders records: when it was written, then by name."""
-    return record.stat().mtime, record.parent.name
+    """What orders records: when it was written, or begun where the store knows no times of files, then by name."""
+    return record.stat().mtime or _begun(record), record.parent.name
+
+
+def _begun(record: epath.Path) -> float:
+    try:
+        return calendar.timegm(time.strptime(json.loads(record.read_text())["started"], "%Y-%m-%dT%H:%M:%SZ"))
+    except (ValueError, TypeError, KeyError):
+        return 0.0
+
+
+def _fresh_listings(scheme: str) -> None:
+    """Has listings of a URL asked for each time: others write there, too."""
+    try:
+        import fsspec
+    except ImportError:
+        return  # what reads says so
+    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+
+
+def _reach(root: epath.Path) -> None:
+    """Refuses a URL that cannot be asked anything: no package for it, no server, no rights."""
+    scheme = str(root).partition("://")[0]
+    try:
+        root.exists()
+    except ImportError as error:
+        package = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}.get(scheme, "a package of fsspec for it")
+        raise UserMistake(f"store = {str(root)!r}: needs {package} ({error}); run `pip install {package}`") from None
+    except Exception as error:  # whatever the package raises for its network and its rights
+        raise UserMistake(
+            f"store = {str(root)!r}: cannot be reached ({type(error).__name__}: {error}). Check its name, the network "
+            "and this user's credentials"
+        ) from error
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prune_jax"
 
 
 def write_anew(path: epath.Path, data: bytes) -> None:

@@ -73,7 +73,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout; everyt
     epilog="Examples:\n\n"
     "  prune-jax run lenet-300-100\n\n"
     "  prune-jax run lenet-300-100 --set stages.prune.criterion=magnitude --name by-magnitude\n\n"
-    "  prune-jax run my.yaml --store gs://bucket/artifacts --json > run.json"
+    "  prune-jax run my.yaml --store s3://bucket/artifacts --json > run.json"
 )
 def run(
     recipe: RecipeArgument,
@@ -83,7 +83,11 @@ def run(
         str | None, typer.Option(help="Name of the run; left out, the recipe's.", show_default=False)
     ] = None,
     runner: Annotated[
-        str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
+        str,
+        typer.Option(
+            help="threads: independent branches side by side; local: one stage at a time; dask=tcp://HOST:PORT: on the "
+            "workers of a Dask cluster; dask=local:N: in N processes of this machine."
+        ),
     ] = "threads",
     log: LogOption = "",
     no_plugins: PluginsOption = False,

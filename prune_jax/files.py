@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,13 @@ def replace(path: epath.Path, text: str, mtime: float | None = None) -> None:
     finally:
         if aside.exists():
             aside.unlink()
+
+
+def copy_file(source: epath.Path, target: epath.Path) -> None:
+    """Copies a file in pieces, from and to anywhere."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as reading, target.open("wb") as writing:
+        shutil.copyfileobj(reading, writing)  # type: ignore[misc]
 
 
 def locked(path: Path, *, wait: bool = True) -> IO[str] | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from prune_jax.checkpoints import AT_WORK, CHAMPIONS, Store
+from prune_jax.checkpoints import AT_WORK, CHAMPIONS, Store, age
 from prune_jax.errors import UserMistake
 from prune_jax.files import files_below
 from prune_jax.plan import VERSIONS
@@ -79,7 +79,7 @@ def records(store: Store) -> list[Record]:
         history = sorted((run / "history").glob("*.json")) if (run / "history").exists() else []
         for path in [*history, run / "run.json"]:
             if path.exists():
-                found.append(Record(path, run.name, path.parent == run, path.stat().mtime, _record(path)))
+                found.append(Record(path, run.name, path.parent == run, age(path)[0], _record(path)))
     return sorted(found, key=lambda record: (record.mtime, record.latest))
 
 
@@ -126,7 +126,7 @@ def measure(path: epath.Path) -> tuple[int, float]:
         found = [file.stat() for file in (path, *(files_below(path) if path.is_dir() else ()))]
     except FileNotFoundError:
         return 0, time.time()
-    return sum(stat.length for stat in found if not stat.is_directory), max(stat.mtime for stat in found)
+    return sum(stat.length for stat in found if not stat.is_directory), max((stat.mtime for stat in found), default=0.0)
 
 
 def _entries(store: Store) -> Iterator[tuple[epath.Path, epath.Path]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from prune_jax.checkpoints import Store
 from prune_jax.errors import UserMistake
+from prune_jax.meshes import check_devices
 from prune_jax.plan import Plan
 from prune_jax.preparation import check_networks, is_cached, prepare
 from prune_jax.promotion import champion
@@ -40,7 +41,9 @@ def run(
         store: the folder or URL in which artifacts and run records lie.
         name: the run's name; left out, the recipe's.
         changes: `"stages.train.epochs=3"`: set before the recipe is checked.
-        runner: `threads` runs independent branches side by side, `local` one stage at a time.
+        runner: `threads` runs independent branches side by side, `local` one stage at a time; `dask=tcp://HOST:PORT`
+            on the workers of a Dask cluster, `dask=local:N` in N processes of this machine (extra `dask`; a script
+            that says so needs `if __name__ == "__main__":`).
         no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
 
     Returns:
@@ -127,9 +130,9 @@ def _check_promotable(recipe: Recipe) -> None:
         )
 
 
-def _check_runner(runner: str) -> None:
+def _check_runner(runner: str, *more: str) -> None:
     if runner not in RUNNERS:
-        raise UserMistake(f"runner = {runner!r}: is not known (allowed: {', '.join(RUNNERS)})")
+        raise UserMistake(f"runner = {runner!r}: is not known (allowed: {', '.join((*RUNNERS, *more))})")
 
 
 def _run(
@@ -144,24 +147,35 @@ def _run(
     wanted = read_recipe(recipe, changes=changes)
     name = name or wanted.name
     check_run_name(name)
-    _check_runner(runner)
+    kind, _, address = runner.partition("=")
+    if kind != "dask":
+        _check_runner(runner, "dask=ADDRESS")
     artifacts = Store(store)
     plan = prepare(wanted)
     cached = is_cached(plan, artifacts)
 
-    from prune_jax.flows import server
+    from prune_jax.flows import clusters, server
 
+    if kind == "dask":
+        clusters.check_address(address)
     configured = server.configured()
     if cached and not configured:
         return _nothing_to_do(plan, artifacts, name)
     temporary = None if configured else server.start_early()
     if not cached:
         check_networks(plan)
+        if kind != "dask":  # else the workers' devices count
+            for mesh in {call.problem.devices for call in plan.calls if call.problem.devices}:
+                check_devices(mesh.data, mesh.model)
 
     from prune_jax.flows.prune import run_flow
 
-    with server.in_use(temporary) if temporary else nullcontext():
-        return run_flow(wanted, store=str(store), name=name, side_by_side=1 if runner == "local" else None)
+    with (
+        server.in_use(temporary) if temporary else nullcontext(),
+        clusters.opened(address) if kind == "dask" else nullcontext() as cluster,
+    ):
+        at_a_time = 1 if runner == "local" else None
+        return run_flow(wanted, store=str(store), name=name, side_by_side=at_a_time, cluster=cluster)
 
 
 def _nothing_to_do(plan: Plan, store: Store, name: str) -> dict[str, Any]:

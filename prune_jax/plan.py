@@ -77,7 +77,10 @@ def _data_part(problem: Problem) -> dict[str, Any]:
 
 def _problem_part(problem: Problem) -> dict[str, Any]:
     model = problem.model.model_dump(mode="json", exclude_defaults=True)
-    return {"data": _data_part(problem), "model": model, "objective": problem.objective, "code": problem.code}
+    found = {"data": _data_part(problem), "model": model, "objective": problem.objective, "code": problem.code}
+    if problem.devices:  # sums in another order: the last bits differ
+        found["devices"] = problem.devices.model_dump(mode="json")
+    return found
 
 
 def as_settings(part: Frozen, **more: Any) -> dict[str, Any]:
@@ -237,7 +240,17 @@ def make_plan(recipe: Recipe, *, digest_of: Callable[[Data], str], code_of: Call
         code_of: the digests of the user's own code that the recipe names.
     """
     axes, rows = expand(recipe)
-    plans = [_single_plan(row, digest_of(row.data), code_of(row)) for row in rows]
+    return join(recipe, axes, [plan_row(row, digest_of(row.data), code_of(row)) for row in rows])
+
+
+def join(recipe: Recipe, axes: list[Axis], plans: list[Plan]) -> Plan:
+    """The plans of a matrix's rows as one, in which each call stands once.
+
+    Args:
+        recipe: with the matrix.
+        axes: of the matrix.
+        plans: of its rows, in the order of `expand`.
+    """
     if not axes:
         return plans[0]
     places = _places(axes, plans)
@@ -247,14 +260,16 @@ def make_plan(recipe: Recipe, *, digest_of: Callable[[Data], str], code_of: Call
         named = {stage: _row_name(stage, places[stage, row]) for stage in plan.after}
         for call in plan.calls:
             name = named[call.name]
+            if name in calls:
+                continue
             inputs = call.inputs
             if call.kind == "evaluate":  # whose inputs go by the names of stages
                 inputs = {named.get(role, role): ref for role, ref in inputs.items()}
             facts: dict[str, Any] = {"row": places[call.name, row]}
             if teacher := call.facts.get("teacher"):
                 facts["teacher"] = named[teacher]
-            calls.setdefault(name, call.model_copy(update={"name": name, "inputs": inputs, "facts": facts}))
-            after.setdefault(name, tuple(named[p] for p in plan.after[call.name]))
+            calls[name] = call.model_copy(update={"name": name, "inputs": inputs, "facts": facts})
+            after[name] = tuple(named[p] for p in plan.after[call.name])
     return Plan(recipe, tuple(calls.values()), after)
 
 
@@ -279,7 +294,7 @@ def expand(recipe: Recipe) -> tuple[list[Axis], list[Recipe]]:
         for axis, value in zip(axes, combination, strict=True):
             row = with_value(row, axis.path, value)
         told = [f"{'.'.join(axis.path)}={value}" for axis, value in zip(axes, combination, strict=True)]
-        rows.append(validate(row, f"{recipe.name} [{', '.join(told)}]" if told else recipe.name))
+        rows.append(validate(row, f"{recipe.name} [{', '.join(told)}]" if told else recipe.name, row=True))
     return axes, rows
 
 
@@ -332,9 +347,15 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-def _single_plan(recipe: Recipe, data_digest: str, code: dict[str, str]) -> Plan:
+def plan_row(recipe: Recipe, data_digest: str, code: dict[str, str]) -> Plan:
+    """The plan of a recipe without matrices."""
     problem = Problem(
-        data=recipe.data, data_digest=data_digest, model=recipe.model, objective=recipe.objective, code=code
+        data=recipe.data,
+        data_digest=data_digest,
+        model=recipe.model,
+        objective=recipe.objective,
+        code=code,
+        devices=recipe.devices,
     )
     calls: dict[str, StageCall] = {}
     after: dict[str, tuple[str, ...]] = {}

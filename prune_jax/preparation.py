@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError, UserMistake, did_you_mean
-from prune_jax.plan import Plan, expand, make_plan
+from prune_jax.plan import Plan, expand, join, plan_row
 from prune_jax.problems import code_of, data_of
 from prune_jax.recipe import (
     CustomMethod,
@@ -37,16 +37,15 @@ def prepare(recipe: Recipe) -> Plan:
     Raises:
         UserMistake: where in the recipe, what is wrong, what is allowed.
     """
-    for row in expand(recipe)[1]:
+    axes, rows = expand(recipe)
+    plans = []
+    for row in rows:
         _check_names(row)
-        planned = _plan(row)
-        _check_rewinds(planned)
-        _check_sparsify(planned)
-    return _plan(recipe)
-
-
-def _plan(recipe: Recipe) -> Plan:
-    return make_plan(recipe, digest_of=lambda data: data_of(data).digest, code_of=code_of)
+        plan = plan_row(row, data_of(row.data).digest, code_of(row))
+        _check_rewinds(plan)
+        _check_sparsify(plan)
+        plans.append(plan)
+    return join(recipe, axes, plans)
 
 
 def check_networks(plan: Plan) -> None:
@@ -57,13 +56,30 @@ def check_networks(plan: Plan) -> None:
     Raises:
         UserMistake: where in the recipe, what is wrong, what is allowed.
     """
+    problems = {_told(call.problem): call.problem for call in plan.calls}
+    networks: dict[str, _Shapes] = {}
+    checked = set()
     for row in expand(plan.recipe)[1]:
-        problem = next(call.problem for call in plan.calls if _is_of(call.problem, row))
-        _check_network(problem, row)
+        what = row.model_dump_json(exclude={"seed"}, exclude_unset=True)  # shapes know nothing of it
+        if what not in checked:
+            checked.add(what)
+            about = _told(row)
+            if about not in networks:
+                networks[about] = _check_network(problems[about], row)
+            _check_targets(*networks[about], row)
 
 
-def _is_of(problem: Problem, recipe: Recipe) -> bool:
-    return (problem.data, problem.model, problem.objective) == (recipe.data, recipe.model, recipe.objective)
+def _told(of: Problem | Recipe) -> str:
+    """The data, the model and the objective in one text."""
+    return "\n".join((of.data.model_dump_json(), of.model.model_dump_json(), of.objective))
+
+
+class _Shapes(NamedTuple):
+    """A network with the shapes of one example and of its variables."""
+
+    network: Any
+    sample: dict[str, Any]
+    variables: Any
 
 
 def is_cached(plan: Plan, store: Store) -> bool:
@@ -238,7 +254,7 @@ def _known(what: str, name: str, known: Any) -> None:
         )
 
 
-def _check_network(problem: Problem, recipe: Recipe) -> None:
+def _check_network(problem: Problem, recipe: Recipe) -> _Shapes:
     import jax
 
     from prune_jax.objectives import check, inputs_of, objective
@@ -255,7 +271,7 @@ def _check_network(problem: Problem, recipe: Recipe) -> None:
             inputs_of(sample),
         )
         check(objective(problem.objective), outputs, sample, classes=data.classes)
-    _check_targets(network, sample, variables, recipe)
+    return _Shapes(network, sample, variables)
 
 
 def _features(stage: Any) -> dict[str, float]:

@@ -39,7 +39,7 @@ class Run:
 
     def finish(self, results: Mapping[str, StageResult]) -> dict[str, Any]:
         """Writes the record and answers it."""
-        stages = {name: self._stage(name, result) for name, result in results.items()}
+        stages = self._stages(results)
         evaluated = self._results(results)
         failed = sorted((r for r in results.values() if r.status == "failed"), key=lambda r: r.rejected)
         recipe = self.plan.recipe.model_dump(mode="json", exclude_unset=True)
@@ -63,9 +63,18 @@ class Run:
         self.store.write_record(record)
         return record
 
-    def _stage(self, name: str, result: StageResult) -> dict[str, Any]:
-        call, begin = self.begun.get(name, (None, None))
-        call = call or next((c for c in self.plan.calls if c.name == name), None)
+    def _stages(self, results: Mapping[str, StageResult]) -> dict[str, Any]:
+        calls = {call.name: call for call in self.plan.calls} | {name: call for name, (call, _) in self.begun.items()}
+        makers: dict[str, list[tuple[int, str]]] = {}  # of each key, those who make it and their places
+        for place, (name, call) in enumerate(calls.items()):
+            makers.setdefault(call.key, []).append((place, name))
+        return {name: self._stage(name, result, calls.get(name), makers) for name, result in results.items()}
+
+    def _stage(
+        self, name: str, result: StageResult, call: StageCall | None, makers: Mapping[str, list[tuple[int, str]]]
+    ) -> dict[str, Any]:
+        begin = self.begun[name][1] if name in self.begun else None
+        inputs = sorted({maker for ref in call.inputs.values() for maker in makers.get(ref.key, ())}) if call else ()
         meta = self.store.meta(result.ref) if result.good else None
         return {
             "kind": result.kind,
@@ -75,19 +84,12 @@ class Run:
             "seconds": round(result.seconds, 3),
             "made_in_seconds": (meta or {}).get("seconds", result.seconds),
             "begin": None if begin is None else round(begin, 3),
-            "after": list(self.plan.after.get(name, self._turn_parents(call))),
+            "after": list(self.plan.after.get(name, [maker for _, maker in inputs])),
             **({"teacher": call.facts["teacher"]} if call and "teacher" in call.facts else {}),
             "message": result.message or (meta or {}).get("facts", {}).get("message", ""),
             "row": dict(call.facts.get("row", {})) if call else {},
             "metrics": result.metrics,
         }
-
-    def _turn_parents(self, call: StageCall | None) -> list[str]:
-        if call is None:
-            return []
-        keys = {ref.key for ref in call.inputs.values()}
-        everybody = [*self.plan.calls, *(begun for begun, _ in self.begun.values())]
-        return list(dict.fromkeys(c.name for c in everybody if c.key in keys))
 
     def _results(self, results: Mapping[str, StageResult]) -> dict[str, Any]:
         """One entry for each network that was evaluated; the first evaluation of a network counts."""

@@ -166,6 +166,7 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
             moments=(start.moments or {}) if goes_on else None,
             sparsify=sparsify,
             teacher=teacher,
+            devices=call.problem.devices,
             checkpoints=checkpoints,
             checkpoint_seconds=call.operation.checkpoint_seconds,
             beat=beat,

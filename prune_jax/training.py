@@ -17,17 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from prune_jax.checkpoints import Steps
 from prune_jax.datasets import GrainSplit, Split
 from prune_jax.distillation import Columns, Lesson, Seen, kernels_seen
 from prune_jax.errors import DivergedError, UserMistake
 from prune_jax.masks import apply_masks
+from prune_jax.meshes import along_data, along_model, everywhere, make_mesh
 from prune_jax.models import Network, Variables
 from prune_jax.moments import moments_of, with_moments
 from prune_jax.objectives import inputs_of, objective, penalty
-from prune_jax.recipe import Optimizer, Sparsify
+from prune_jax.recipe import Devices, Optimizer, Sparsify
 from prune_jax.reestimation import reestimate
 from prune_jax.sparse_training import MaskedState, masked, settle
 from prune_jax.sparsification import sparsified
@@ -117,6 +118,7 @@ def make_step(
     sparse: bool,
     gathered: bool,
     devices: int,
+    parts: int,
     sparsify: Sparsify | None,
     examples: int | None,
     teacher: Network | None,
@@ -137,6 +139,7 @@ def make_step(
         sparse: whether the optimizer's state holds masks.
         gathered: whether batches are cut from arrays on the device, by the epoch's order, or handed in.
         devices: over how many devices a batch is spread.
+        parts: over how many devices each share of it is spread by cutting the weights.
         sparsify: the method that makes masks while it trains.
         examples: in the training split; None without such a method, lest splits of other sizes compile anew.
         teacher: what answers beside the labels.
@@ -152,7 +155,7 @@ def make_step(
         transformation = _sparsified(optimizer, steps, begin, examples, sparsify, 0)  # the state has the key
     if sparse:
         transformation = masked(transformation, None)
-    spread = _spread(devices)
+    mesh = _mesh(devices, parts)
 
     def step(state: TrainState, data: PyTree, order: jax.Array, key: jax.Array, taught: PyTree = None) -> TrainState:
         batch = data
@@ -160,8 +163,8 @@ def make_step(
             start = (state.step % per_epoch) * batch_size
             chosen = jax.lax.dynamic_slice(order, (start,), (batch_size,))  # [batch]
             batch = {name: jnp.take(array, chosen, axis=0, mode="clip") for name, array in data.items()}
-        if spread is not None:
-            batch = jax.lax.with_sharding_constraint(batch, spread)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, along_data(mesh))
 
         inputs, key = inputs_of(batch), jax.random.fold_in(key, state.step)
 
@@ -179,7 +182,8 @@ def make_step(
         updates, inner = transformation.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         losses = state.losses.at[state.step].set(loss)
-        return TrainState(params, new, inner, state.step + 1, losses)
+        after = TrainState(params, new, inner, state.step + 1, losses)
+        return after if mesh is None else jax.lax.with_sharding_constraint(after, _layout(mesh, after))
 
     return jax.jit(step, donate_argnums=0)
 
@@ -208,11 +212,15 @@ def _answers(network: Network, state: PyTree, params: PyTree, *inputs: Any, **mo
     return network.apply(params, state, inputs, **mode)[0]
 
 
-def _spread(devices: int) -> NamedSharding | None:
-    """How a batch lies on several devices: each has its share of the examples, all have all weights."""
-    if devices == 1:
-        return None
-    return NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec("data"))
+def _mesh(devices: int, parts: int) -> Mesh | None:
+    return None if devices * parts == 1 else make_mesh(devices, parts)
+
+
+def _layout(mesh: Mesh, state: TrainState) -> TrainState:
+    """How a training's state lies on a mesh: weights, and what the optimizer has of them, cut; the rest whole."""
+    whole = jax.tree.map(lambda _: everywhere(mesh), state)
+    params, optimizer = along_model(mesh, (state.params, state.optimizer))
+    return whole._replace(params=params, optimizer=optimizer)
 
 
 def devices_for(batch_size: int) -> int:
@@ -237,6 +245,7 @@ def fit(
     moments: PyTree | None = None,
     sparsify: Sparsify | None = None,
     teacher: Teacher | None = None,
+    devices: Devices | None = None,
     l1: float = 0.0,
     l2: float = 0.0,
     checkpoints: Steps | None = None,
@@ -262,6 +271,7 @@ def fit(
         sparsify: makes masks while it trains; there are none before. Where it trains under noise, batch statistics are
             taken anew in the end, of the weights without it over an epoch's batches, 100 at most.
         teacher: a network to learn from beside the labels.
+        devices: how batches and weights are spread; left out, batches over all devices if they divide them.
         l1: weight of sum |w|.
         l2: weight of sum w^2 / 2.
         checkpoints: where step checkpoints lie; a killed training goes on from the last.
@@ -270,7 +280,7 @@ def fit(
 
     Raises:
         DivergedError: the loss is not finite; step and learning rate are named.
-        UserMistake: the training ends before `begin_step`, or the teacher does not fit.
+        UserMistake: the training ends before `begin_step`, the teacher does not fit, or the devices do not.
     """
     examples = len(split) if isinstance(split, GrainSplit) else len(split["x"])
     batch_size = min(batch_size, examples)
@@ -278,7 +288,13 @@ def fit(
     total = whole - begin_step
     if total < 1:
         raise UserMistake(f"there is no step from {begin_step} on: the training ends at step {whole}")
-    devices = devices_for(batch_size)
+    devices = devices or Devices(data=devices_for(batch_size))
+    if batch_size % devices.data:
+        raise UserMistake(
+            f"devices.data = {devices.data}: does not divide the batches of {batch_size} examples; choose a divisor, "
+            "or another `data.batch_size`"
+        )
+    mesh = _mesh(devices.data, devices.model)
     gathered = not isinstance(split, GrainSplit)
     step_function = make_step(
         network,
@@ -292,7 +308,8 @@ def fit(
         l2=l2,
         sparse=masks is not None,
         gathered=gathered,
-        devices=devices,
+        devices=devices.data,
+        parts=devices.model,
         sparsify=sparsify,
         examples=None if sparsify is None else examples,
         teacher=teacher.network if teacher else None,
@@ -304,21 +321,21 @@ def fit(
         wrapped = _sparsified(optimizer, whole, begin_step, examples, sparsify, seed)
         state = _begin_sparsified(variables, optimizer, whole, wrapped, moments, begin_step)
     start = 0
-    if checkpoints is not None and (found := checkpoints.latest(jax.tree.map(np.asarray, state))):
+    layout = None if mesh is None else _layout(mesh, state)
+    if checkpoints is not None and (found := checkpoints.latest(_blank(state, layout))):
         start, state = found
-    spread = _spread(devices)
-    everywhere = None if spread is None else NamedSharding(spread.mesh, PartitionSpec())
-    state = jax.device_put(state, everywhere)
-    data = None if isinstance(split, GrainSplit) else jax.device_put(dict(split), everywhere)
-    key = jax.device_put(jax.random.key(seed), everywhere)
-    taught = jax.device_put((teacher.variables, teacher.columns), everywhere) if teacher else None
+    all_have = None if mesh is None else everywhere(mesh)
+    state = jax.device_put(state, layout)
+    data = None if isinstance(split, GrainSplit) else jax.device_put(dict(split), all_have)
+    key = jax.device_put(jax.random.key(seed), all_have)
+    taught = jax.device_put((teacher.variables, teacher.columns), all_have) if teacher else None
     end = total if stop_step is None else min(stop_step, total)
     rates = learning_rate(optimizer, whole, begin_step)
     clock = _Beats(optimizer, rates, total, end, start, beat, checkpoints, checkpoint_seconds)
     # Devices of one CPU share its threads: steps in flight side by side would wait for each other for ever.
-    one_at_a_time = devices > 1 and jax.default_backend() == "cpu"
-    with SPANNING if devices > 1 else contextlib.nullcontext():
-        for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, everywhere):
+    one_at_a_time = mesh is not None and jax.default_backend() == "cpu"
+    with SPANNING if mesh is not None else contextlib.nullcontext():
+        for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, all_have):
             state = step_function(state, batch, order, key, taught)
             if one_at_a_time:
                 jax.block_until_ready(state.step)
@@ -333,6 +350,13 @@ def fit(
             last = jax.device_get(reestimate(network, Variables(params, last), seen, seed=seed))
     inner = state.optimizer if masks is None else state.optimizer.inner
     return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start, moments_of(inner), masks)
+
+
+def _blank(state: TrainState, layout: TrainState | None) -> TrainState:
+    """What a checkpoint is read into: arrays of this machine, or each device's parts, from whatever mesh they come."""
+    if layout is None:
+        return jax.tree.map(np.asarray, state)
+    return jax.tree.map(lambda a, lies: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=lies), state, layout)
 
 
 def _begin(
@@ -381,7 +405,7 @@ def _begin_sparsified(
 
 
 def _batches(
-    split: Split, data: Any, start: int, end: int, per_epoch: int, batch_size: int, seed: int, everywhere: Any
+    split: Split, data: Any, start: int, end: int, per_epoch: int, batch_size: int, seed: int, all_have: Any
 ) -> Iterator[tuple[int, Any, Any]]:
     """For each step its number from 1, the data and the epoch's order; the same from any start."""
     if isinstance(split, GrainSplit):
@@ -393,7 +417,7 @@ def _batches(
     for step in range(start, end):
         if step == start or step % per_epoch == 0:
             order = np.random.default_rng([seed, step // per_epoch]).permutation(examples).astype(np.int32)
-            order = jax.device_put(order, everywhere)
+            order = jax.device_put(order, all_have)
         yield step + 1, data, order
 
 

@@ -6,8 +6,10 @@ The executor is handed in: a plain loop and a flow walk the same plan to the sam
 from __future__ import annotations
 
 import queue
+from collections import defaultdict
 from collections.abc import Callable, Generator
 from functools import partial
+from heapq import heappop, heappush
 from typing import Any
 
 from prune_jax.checkpoints import Store
@@ -20,11 +22,16 @@ Submit = Callable[[StageCall, Callable[[StageResult], None]], None]
 
 
 class _Walk:
-    """The state of one walk: what waits, what runs, what is done."""
+    """The state of one walk: what waits, what runs, what is done. Each stage is looked at when its last parent ends."""
 
     def __init__(self, plan: Plan, store: Store, submit: Submit, side_by_side: int):
         self.plan, self.store, self.submit, self.side_by_side = plan, store, submit, side_by_side
-        self.waiting = {call.name: call for call in plan.calls}
+        self.lacks = {name: len(set(parents)) for name, parents in plan.after.items()}  # parents without a result
+        self.feeds: dict[str, list[int]] = defaultdict(list)  # the places in the plan of whom a stage feeds
+        for place, call in enumerate(plan.calls):
+            for parent in set(plan.after[call.name]):
+                self.feeds[parent].append(place)
+        self.ready = [place for place, call in enumerate(plan.calls) if not self.lacks[call.name]]  # a heap
         self.results: dict[str, StageResult] = {}
         self.by_key: dict[str, StageResult] = {}
         self.wanted: dict[str, list[tuple[StageCall, Callable[[StageResult], None]]]] = {}
@@ -33,7 +40,7 @@ class _Walk:
         self.done: queue.Queue[StageResult] = queue.Queue()
 
     def run(self) -> dict[str, StageResult]:
-        while self.waiting or self.wanted or self.alone:
+        while self.ready or self.wanted or self.alone:
             self._start_what_is_ready()
             if not self.wanted and self.alone:
                 call = self.alone.pop(0)
@@ -43,20 +50,14 @@ class _Walk:
         return self.results
 
     def _start_what_is_ready(self) -> None:
-        moved = True
-        while moved:
-            moved = False
-            for call in list(self.waiting.values()):
-                parents = [self.results.get(p) for p in self.plan.after[call.name]]
-                if any(p is None for p in parents):
-                    continue
-                del self.waiting[call.name]
-                moved = True
-                bad = next((p for p in parents if p is not None and not p.good), None)
-                if bad:
-                    self._finish(call.name, _skipped(call, bad))
-                else:
-                    self._start(call)
+        while self.ready:
+            call = self.plan.calls[heappop(self.ready)]
+            parents = [self.results[parent] for parent in self.plan.after[call.name]]
+            bad = next((parent for parent in parents if not parent.good), None)
+            if bad:
+                self._finish(call.name, _skipped(call, bad))
+            else:
+                self._start(call)
 
     def _start(self, call: StageCall) -> None:
         if call.kind == "prune" and not is_sound(call, self.store):
@@ -122,6 +123,11 @@ class _Walk:
 
     def _finish(self, name: str, result: StageResult) -> None:
         self.results[name] = result
+        for place in self.feeds[name]:
+            child = self.plan.calls[place].name
+            self.lacks[child] -= 1
+            if not self.lacks[child]:
+                heappush(self.ready, place)
 
 
 def walk(plan: Plan, store: Store, submit: Submit, *, side_by_side: int = 1) -> dict[str, StageResult]:
@@ -141,7 +147,9 @@ def walk(plan: Plan, store: Store, submit: Submit, *, side_by_side: int = 1) -> 
 
 def is_timed(call: StageCall) -> bool:
     """Whether a call measures times, and so wants the machine for itself."""
-    return call.kind == "evaluate" or (call.kind == "gate" and "latency_ms" in call.settings)
+    if call.kind == "evaluate":
+        return call.settings.get("latency", {}) is not None
+    return call.kind == "gate" and "latency_ms" in call.settings
 
 
 def failure(call: StageCall, error: BaseException) -> StageResult:

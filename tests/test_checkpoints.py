@@ -371,10 +371,11 @@ def test_a_store_on_a_file_is_told(tmp_path):
         Store(tmp_path / "file").write(REF, PARAMS, {})
 
 
-def test_a_remote_store_is_known_by_its_url():
+def test_a_url_that_no_package_can_open_is_refused(monkeypatch):
     pytest.importorskip("fsspec", reason="etils needs it for URLs")
-    assert Store("/tmp/x").local
-    assert not Store("gs://bucket/x").local
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(UserMistake, match=r"store = 'az://bucket/x': needs adlfs .*`pip install adlfs`"):
+        Store("az://bucket/x")
 
 
 def test_relative_stores_work(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def complaint(raw, **options):
     return str(caught.value)
 
 
-TOP = "(allowed: name, description, seed, data, model, objective, stages, matrix)"
+TOP = "(allowed: name, description, seed, data, model, objective, devices, stages, matrix)"
 RATES = "(allowed: sgd, adam, adamw, nadam, rmsprop, adagrad, lion, lamb)"
 ONE_TARGET = "needs exactly one of sparsity, keep, threshold, statistic, percentile, params, macs, latency"
 GRANULARITIES = "(allowed: weight, n:m such as '2:4', {block: [r, c]}, kernel, neuron, group, layer)"

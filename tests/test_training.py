@@ -334,6 +334,7 @@ def _step(net, *, batch_size=9, devices=1, sparse=False):
         sparse=sparse,
         gathered=True,
         devices=devices,
+        parts=1,
         sparsify=None,
         examples=None,
         teacher=None,

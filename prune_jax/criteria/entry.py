@@ -66,7 +66,7 @@ class Criterion:
         """Whether it, or what it needs, draws random numbers."""
         return self.takes_key or bool(self.needs & DRAWN)
 
-    @property
+    @cached_property
     def takes_key(self) -> bool:
         """Whether the function itself draws random numbers."""
         return "key" in inspect.signature(self.function).parameters

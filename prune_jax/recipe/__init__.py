@@ -6,6 +6,7 @@ from prune_jax.recipe.limits import Limits, Times
 from prune_jax.recipe.model import BUILT_IN_MODELS, CustomModel
 from prune_jax.recipe.parts import (
     Data,
+    Devices,
     Frozen,
     Guard,
     Iterative,
@@ -46,6 +47,7 @@ __all__ = [
     "CustomMethod",
     "CustomModel",
     "Data",
+    "Devices",
     "Distill",
     "Entry",
     "Evaluate",

@@ -50,6 +50,8 @@ def check_bounds(raw: Any) -> None:
 
 
 def _check_text(path: tuple[str, ...], text: str) -> None:
+    if len(text) <= TEXT and text.isprintable():
+        return
     where = ".".join(path)
     if len(text) > TEXT:
         raise mistake(where, f"is a text of {len(text):,} characters; at most {TEXT:,} are read")

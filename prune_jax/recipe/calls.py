@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from prune_jax.recipe.model import Model
-from prune_jax.recipe.parts import Data, Frozen, Operation
+from prune_jax.recipe.parts import Data, Devices, Frozen, Operation
 
 Status = Literal["ran", "cached", "failed", "skipped"]
 
@@ -30,6 +30,7 @@ class Problem(Frozen):
     model: Model
     objective: str
     code: dict[str, str] = Field(default_factory=dict, description="digest of the user's code, by module:object")
+    devices: Devices | None = None
 
 
 class StageCall(Frozen):

@@ -77,15 +77,15 @@ class Frozen(BaseModel):
     @classmethod
     def _only_known_fields(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            fields = cls.model_fields  # asked once: each asking is a search through the class's bases
             for field, value in data.items():
-                if field not in cls.model_fields:
-                    known = ", ".join(cls.model_fields)
-                    raise mistake(
-                        field, f"is not a field here{did_you_mean(field, cls.model_fields)} (allowed: {known})"
-                    )
-                taken = cls.model_fields[field].annotation
-                if isinstance(value, bool) and not {bool, Any} & {taken, *get_args(taken)}:  # else True were 1
-                    raise mistake(field, "must not be true or false")
+                if field not in fields:
+                    known = ", ".join(fields)
+                    raise mistake(field, f"is not a field here{did_you_mean(field, fields)} (allowed: {known})")
+                if isinstance(value, bool):
+                    taken = fields[field].annotation
+                    if not {bool, Any} & {taken, *get_args(taken)}:  # else True were 1
+                        raise mistake(field, "must not be true or false")
         return data
 
 
@@ -380,6 +380,19 @@ class Search(Frozen):
     folds: int = Field(default=5, ge=2, le=50)
     metric: str | None = Field(default=None, description="left out, the objective's own")
     tolerance: float = Field(default=0.0, ge=0, description="sparsest within so much of the best")
+
+
+class Devices(Frozen):
+    """How training is spread over the machine's devices."""
+
+    data: int = Field(default=1, ge=1, le=2**20, description="each batch is cut into so many parts")
+    model: int = Field(
+        default=1,
+        ge=1,
+        le=2**20,
+        description="each weight is cut into so many parts along its largest axis that this divides, of equal ones the "
+        "last; its mask and moments alike",
+    )
 
 
 class Operation(Frozen):

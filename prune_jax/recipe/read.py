@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from prune_jax.errors import UserMistake, did_you_mean, shortened
 from prune_jax.recipe.bounds import BYTES, DEPTH, PARTS
 from prune_jax.recipe.limits import Limits
-from prune_jax.recipe.recipe import Recipe
+from prune_jax.recipe.recipe import A_ROW, Recipe
 
 RECIPES = resources.files("prune_jax.recipes")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -54,10 +54,10 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, *, changes: Ite
     return validate(raw, label)
 
 
-def validate(raw: Mapping[str, Any], label: str) -> Recipe:
-    """Checks a mapping; `label` says in messages where it came from."""
+def validate(raw: Mapping[str, Any], label: str, *, row: bool = False) -> Recipe:
+    """Checks a mapping, or a `row` of a recipe that was checked; `label` says in messages where it came from."""
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(raw, context=A_ROW if row else None)
     except ValidationError as error:
         lines = [f"{label}: {line}" for line in explain(error, raw)]
         raise UserMistake("\n".join(lines)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from prune_jax.notation import read_granularity
 from prune_jax.recipe.bounds import check_bounds, check_rows
@@ -15,6 +15,7 @@ from prune_jax.recipe.moments import check_moments
 from prune_jax.recipe.parts import (
     Criterion,
     Data,
+    Devices,
     Fraction,
     Frozen,
     Granularity,
@@ -36,6 +37,7 @@ from prune_jax.recipe.parts import (
 from prune_jax.recipe.sparsify import Sparsify
 from prune_jax.recipe.wiring import TUNED, check_wiring, parents_of
 
+A_ROW = {"row": True}  # context in which a row of a recipe is checked that is known to be no more than one
 Matrix = dict[str, Annotated[list[Plain], Field(min_length=1)]]
 
 
@@ -364,13 +366,19 @@ class Recipe(Frozen):
         description="classification, regression, reconstruction, or `module:loss`",
         examples=["classification", "regression", "reconstruction", "my_pkg.losses:loss"],
     )
+    devices: Devices | None = Field(
+        default=None,
+        description="how training is spread over devices; left out, batches over all of the machine's, if these divide "
+        "them",
+        examples=[{"data": 4, "model": 2}],
+    )
     stages: dict[Name, AnyStage] = Field(min_length=1)
     matrix: Matrix | None = Field(default=None, description="{dotted.path: [values]}: one recipe for each combination")
 
     @model_validator(mode="before")
     @classmethod
-    def _is_no_more_than_a_recipe(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
+    def _is_no_more_than_a_recipe(cls, data: Any, info: ValidationInfo) -> Any:
+        if isinstance(data, Mapping) and info.context is not A_ROW:
             check_bounds(data)
         return data
 
@@ -399,6 +407,15 @@ class Recipe(Frozen):
                 message = f"{masked} has masked the network already; take one without masks, such as a train stage's"
                 raise mistake(f"{name}.sparsify", message)
         return stages
+
+    @model_validator(mode="after")
+    def _devices_divide_batches(self) -> Recipe:
+        if self.devices and self.data.batch_size % self.devices.data:
+            raise mistake(
+                "devices.data",
+                f"does not divide the batches of {self.data.batch_size} examples (`data.batch_size`); choose a divisor",
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_can_be_planned(self) -> Recipe:

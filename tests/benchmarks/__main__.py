@@ -62,6 +62,13 @@ BOUNDS: dict[str, dict[str, float | None]] = {
         "*batch 64: compact / dense": 1 / 1.8,
         "*": None,
     },
+    "scaling": {
+        "plan of 10,000 stages*": 2,
+        "* a stage of 10,000 / of 900": 1.5,
+        "memory of a stage*": 20,
+        "sweep that waits: two workers / one": 1 / 1.7,
+        "*": None,
+    },
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import jax
@@ -66,3 +68,13 @@ def slow_b(params, stats):
     """Takes a second too."""
     time.sleep(1)
     return _sizes(params)
+
+
+@criterion("tests-kills-once", formula="|w|", paper="none")
+def kills_once(params, stats):
+    """Takes the process down with it, the first time of all processes."""
+    try:
+        open(os.environ["PRUNE_JAX_TEST_KILLED"], "x").close()
+    except FileExistsError:
+        return _sizes(params)
+    os.kill(os.getpid(), signal.SIGKILL)
