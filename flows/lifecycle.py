@@ -14,8 +14,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, Running, State
 from prefect.task_runners import ThreadPoolTaskRunner
+from prune_jax.flows.display import artifact_key
 from prune_jax.flows.events import tell
-from prune_jax.flows.prune import THREADS, Written, artifact_key, carry_out, made, outcome_of, store_of
+from prune_jax.flows.prune import THREADS, Written, carry_out, made, outcome_of, store_of
 from pydantic import Field
 
 from prune_jax.checkpoints import Store

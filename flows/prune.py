@@ -6,20 +6,21 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Annotated, Any
 
 import jax
 from httpx import HTTPError
 from prefect import flow, get_client
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.futures import PrefectFuture
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
+from prune_jax.flows.assets import lineage, published
 from prune_jax.flows.clusters import Cluster
+from prune_jax.flows.display import show
+from prune_jax.flows.events import tell_finished, telling_breaches
 from prune_jax.flows.tasks import delays, device_tags, limited_tags, stage, tags_of
 from pydantic import BeforeValidator, Field
 
@@ -30,7 +31,7 @@ from prune_jax.progress import Progress, listeners
 from prune_jax.recipe import Recipe, Ref, StageCall, StageResult, check_run_name, read_recipe
 from prune_jax.records import Run
 from prune_jax.registry import plugins_allowed, without_plugins
-from prune_jax.report.tables import results_markdown, results_table
+from prune_jax.sinks import logged, targets
 from prune_jax.walk import failure, walk
 
 # What came of a run in this context, for whoever called the flow; of the same name there may be others by then.
@@ -98,6 +99,8 @@ def store_of(given: str | None) -> str:
 def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> dict[str, Any]:
     """Has the tasks of the flow run at work carry out a recipe, and answers the run record."""
     check_run_name(name)
+    log = os.environ.get("PRUNE_JAX_LOG", "")
+    targets(log)
     artifacts = Store(store)
     plan = prepare(recipe)
     if not is_cached(plan, artifacts):
@@ -105,7 +108,8 @@ def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -
     run = Run(plan, artifacts, name)
     where, bare = str(artifacts.root), not plugins_allowed()
     futures: dict[Ref, PrefectFuture[StageResult]] = {}
-    limited = limited_tags()
+    limited, networks = limited_tags(), published(plan, artifacts)
+    context = copy_context()  # results come from threads that know no flow run
 
     def submit(call: StageCall, done: Callable[[StageResult], None]) -> None:
         run.begin(call)
@@ -115,20 +119,26 @@ def carry_out(recipe: Recipe, store: str, name: str, side_by_side: int | None) -
             retries=call.operation.retries,
             retry_delay_seconds=delays(call.operation.retries),
             timeout_seconds=call.operation.timeout_seconds,
+            **lineage(call, artifacts, networks),
         ).submit(call, where, bare, wait_for=[futures[ref] for ref in call.inputs.values() if ref in futures])
         futures[call.ref] = future
-        future.add_done_callback(lambda future: finish(call, _result(call, future), done))
+        future.add_done_callback(lambda future: finish(call, future, done))
 
-    def finish(call: StageCall, result: StageResult, done: Callable[[StageResult], None]) -> None:
+    def finish(call: StageCall, future: PrefectFuture[StageResult], done: Callable[[StageResult], None]) -> None:
+        result = _result(call, future)
         run.end(call, result)
+        context.copy().run(tell_finished, name, call, result, future.task_run_id)
         done(result)
 
-    with artifacts.at_work(call.ref for call in plan.calls), _ending_stages():
+    with (
+        artifacts.at_work(call.ref for call in plan.calls),
+        _ending_stages(),
+        telling_breaches(name),
+        logged(log, name) as log_record,
+    ):
         record = run.finish(walk(plan, artifacts, submit, side_by_side=side_by_side or _side_by_side()))
-    try:
-        _show(record)
-    except HTTPError as error:  # the work is done and recorded; a server that is away does not undo it
-        get_run_logger().warning("the run's table could not be shown in the UI: %s", error)
+        log_record(record)
+    show(artifacts, record)
     return record
 
 
@@ -218,24 +228,3 @@ def _result(call: StageCall, future: PrefectFuture[StageResult]) -> StageResult:
         return future.result()
     except BaseException as error:  # whatever it was, the walk must hear of it
         return failure(call, error)
-
-
-def _show(record: dict[str, Any]) -> None:
-    """The run's table and its Markdown, in the UI."""
-    key = artifact_key(record["name"])
-    if record["results"]:
-        create_table_artifact(key=f"{key}-results", table=_rows(record), description=record["message"])
-    create_markdown_artifact(key=f"{key}-summary", markdown=results_markdown(record), description=record["message"])
-
-
-def artifact_key(name: str) -> str:
-    """A name as Prefect takes it for its artifacts."""
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-") or "run"
-
-
-def _rows(record: dict[str, Any]) -> list[dict[str, str]]:
-    table = results_table(record)
-    return [
-        {"network": name, "role": role, **{q: cell.text for q, cell in zip(table.quantities, column, strict=True)}}
-        for name, role, column in zip(table.networks, table.roles, table.columns, strict=True)
-    ]

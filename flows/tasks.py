@@ -10,13 +10,15 @@ from uuid import UUID
 
 import jax
 from httpx import HTTPError
-from prefect import get_client, task
+from prefect import get_client
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import State
+from prefect.tasks import MaterializingTask
+from prune_jax.flows.assets import describe
 
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PruneError
@@ -83,26 +85,27 @@ def delays(retries: int) -> list[int]:
     return (RETRY_DELAYS + RETRY_DELAYS[-1:] * retries)[:retries]
 
 
-@task(
+def _stage(call: StageCall, store: str, no_plugins: bool = False) -> StageResult:
+    """Carries out one stage; returns at once when its artifact is already in the store."""
+    _tag_run(*tags_of(call))
+    report = _to_all(listeners.get().progress, _progress_artifact())
+    with without_plugins(no_plugins):  # this may be another machine than the run's
+        result = run_stage(call, Store(store, there=True), report=report)
+    describe(call, result)
+    get_run_logger().info("%s %s in %.1f s: %s/%s", call.name, result.status, result.seconds, result.kind, result.key)
+    return result
+
+
+stage = MaterializingTask(
+    _stage,
+    assets=[],  # those of one call: `assets.lineage`
+    materialized_by="prune_jax",
     name="stage",
     task_run_name="{call.label}",
     cache_policy=NO_CACHE,
     persist_result=False,  # the store holds it; Prefect would pickle it
     retry_condition_fn=worth_retrying,
 )
-def stage(call: StageCall, store: str, no_plugins: bool = False) -> StageResult:
-    """Carries out one stage; returns at once when its artifact is already in the store."""
-    return _carry_out(call, store, no_plugins)
-
-
-def _carry_out(call: StageCall, store: str, no_plugins: bool) -> StageResult:
-    """What the task does, apart: Dask sends a task's function with all that it names, and this one by its name."""
-    _tag_run(*tags_of(call))
-    report = _to_all(listeners.get().progress, _progress_artifact())
-    with without_plugins(no_plugins):  # this may be another machine than the run's
-        result = run_stage(call, Store(store, there=True), report=report)
-    get_run_logger().info("%s %s in %.1f s: %s/%s", call.name, result.status, result.seconds, result.kind, result.key)
-    return result
 
 
 def _to_all(*reports: Report) -> Report:

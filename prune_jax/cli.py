@@ -57,6 +57,15 @@ PluginsOption = Annotated[
         help="Refuses module:object and what other packages register, before any of it is imported.",
     ),
 ]
+LogOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SINK=PLACE",
+        envvar="PRUNE_JAX_LOG",
+        help="Metrics go there, too: tensorboard=DIR, mlflow=URI; several with commas.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout; everything else goes to stderr.")]
 
 
@@ -80,12 +89,14 @@ def run(
             "workers of a Dask cluster; dask=local:N: in N processes of this machine."
         ),
     ] = "threads",
+    log: LogOption = "",
     no_plugins: PluginsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Runs a recipe through Prefect; what is already in the store is not computed again."""
     _quiet()
     _find_code(no_plugins)
+    _log_to(log)
     from rich.console import Console
 
     from prune_jax.console import Board
@@ -126,6 +137,13 @@ def _close(console: Any, record: dict[str, Any], store: str) -> None:
     console.print(
         f"[dim]report: prune-jax report {record['name']}{_store_option(store)}[/]", highlight=False, soft_wrap=True
     )
+
+
+def _log_to(written: str) -> None:
+    from prune_jax.sinks import targets
+
+    targets(written)
+    os.environ["PRUNE_JAX_LOG"] = written  # the flow reads it, here and in workers
 
 
 def _store_option(store: str) -> str:

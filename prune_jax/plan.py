@@ -187,7 +187,8 @@ def finetune_call(
     """The network trained on under its masks, from earlier weights if `rewind` names them, towards a `teacher`."""
     inputs = {"network": network} | ({"rewind": rewind} if rewind else {}) | ({"teacher": teacher} if teacher else {})
     keys = {role: ref.key for role, ref in inputs.items()}
-    length = f"{settings['epochs']:g} epochs" if "epochs" in settings else f"{settings['steps']} steps"
+    amount, unit = (settings["epochs"], "epoch") if "epochs" in settings else (settings["steps"], "step")
+    length = f"{amount:.12g} {unit}{'s' * (amount != 1)}"
     if begin := settings.get("begin_step"):
         length = f"{length} from step {begin}"
     kind = "distill" if teacher else "finetune"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Progress(NamedTuple):
@@ -19,11 +19,22 @@ class Progress(NamedTuple):
     rate: float | None = None  # units per second
 
 
+class Breach(NamedTuple):
+    """A round that its guard refused."""
+
+    name: str  # of the prune stage
+    round: int
+    key: str  # of the network that was refused
+    action: str  # stop, back_off, fail
+    told: str
+    metrics: dict[str, Any]
+
+
 Report = Callable[[Progress], None]
 Finished = Callable[[str, str, str, float, str], None]  # name, label, status, seconds, what there is to say
 
 
-def silent(progress: Progress) -> None:
+def silent(_: Progress | Breach) -> None:
     """Listens to nothing."""
 
 
@@ -32,10 +43,11 @@ def _unheard(name: str, label: str, status: str, seconds: float, told: str) -> N
 
 
 class Listeners(NamedTuple):
-    """Who hears of progress and of finished stages."""
+    """Who hears of progress, of finished stages and of breached guards."""
 
     progress: Report = silent
     finished: Finished = _unheard
+    breached: Callable[[Breach], None] = silent
 
 
 # Who listens in this context beside the flow: the command line sets it around a run.

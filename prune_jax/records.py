@@ -86,7 +86,7 @@ class Run:
             "begin": None if begin is None else round(begin, 3),
             "after": list(self.plan.after.get(name, [maker for _, maker in inputs])),
             **({"teacher": call.facts["teacher"]} if call and "teacher" in call.facts else {}),
-            "message": result.message,
+            "message": result.message or (meta or {}).get("facts", {}).get("message", ""),
             "row": dict(call.facts.get("row", {})) if call else {},
             "metrics": result.metrics,
         }
@@ -128,6 +128,10 @@ def _headline(stages: Mapping[str, Any], results: Mapping[str, Any], recipe: Map
         did = f"nothing to compute, all {len(stages)} stages cached"
     else:
         did = f"{sum(stage['status'] == 'ran' for stage in stages.values())} of {len(stages)} stages ran"
+    refused = [
+        f"{n} {s['message'].partition(':')[0]}" for n, s in stages.items() if s["kind"] == "prune" and s["message"]
+    ]
+    did += "".join(f"; {told}" for told in (refused if len(refused) < 3 else [f"{len(refused)} guards were breached"]))
     if not results:
         return did
     if any(result["row"] for result in results.values()):

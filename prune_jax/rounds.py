@@ -17,6 +17,7 @@ from prune_jax.errors import GuardBreachError, PruneError
 from prune_jax.gates import HIGHER_IS_BETTER
 from prune_jax.objectives import objective
 from prune_jax.plan import finetune_call, mask_call, retraining, rewind_call, score_call, train_call
+from prune_jax.progress import Breach, listeners
 from prune_jax.recipe import Guard, Iterative, Prune, Ref, Search, StageCall, StageResult, Target, untargeted
 
 T = TypeVar("T")
@@ -136,6 +137,9 @@ def _climb(turns: _Turns, dense: Mapping[str, Any]) -> Dialogue[tuple[Ref, str]]
         breach = _breach(guard, dense, result) if guard else ""
         turns.facts.append(_fact(turns.turn, level, result, breach))
         if guard and breach:
+            if result.status == "ran":  # what comes from the store was told when it was made
+                told = (turns.call.name, turns.turn, result.key, guard.breach.action, breach)
+                listeners.get().breached(Breach(*told, turns.facts[-1]["metrics"]))
             return (yield from _after_breach(turns, guard, dense, (best, low), level, breach))
         best, low = result.ref, level or 0.0
     return best, ""

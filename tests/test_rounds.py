@@ -141,7 +141,7 @@ def test_n_of_m_is_one_turn_without_a_target():
     assert [call.label for batch in batches for call in batch] == [
         "score · taylor · 2:4",
         "mask · 2:4",
-        "finetune · 1 epochs · 2:4",
+        "finetune · 1 epoch · 2:4",
     ]
     assert batches[1][0].settings == {"granularity": "2:4"}
     assert last.facts["rounds"][0]["level"] is None

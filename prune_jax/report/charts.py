@@ -164,7 +164,7 @@ def comparison_chart(panel: Panel, metric: str, *, width: int, height: int, down
 
 def comparison_picture(panels: Sequence[Panel], metric: str, format: str) -> bytes:
     """The same as a picture of its own, a row for each panel: a file of format `png`, `svg` or `pdf`."""
-    palette = dict(re.findall(r"--(\w+): (#\w{6})", PAGE_CSS.read_text("utf-8").partition("@media")[0]))
+    palette = _palette()
     light = {sentinel: palette[name] for sentinel, name in VARIABLES.items()}
     settings = {k: light.get(v, v) if isinstance(v, str) else v for k, v in SETTINGS.items()}
     colours = {label: light[ink] for label, ink in curve_colours(panels).items()}
@@ -181,6 +181,19 @@ def comparison_picture(panels: Sequence[Panel], metric: str, format: str) -> byt
         file = io.BytesIO()
         figure.savefig(file, format=format, dpi=110)
     return file.getvalue()
+
+
+def standalone(chart: Markup) -> bytes:
+    """A chart as an SVG file of its own, in the colours of light pages."""
+    palette = _palette()
+    head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" font-family="sans-serif"'
+    text = re.sub(r"var\(--(\w+)\)", lambda m: palette[m[1]], str(chart).replace('<svg class="chart"', head, 1))
+    return text.replace(">", f'><rect width="100%" height="100%" fill="{palette["surface"]}"/>', 1).encode()
+
+
+def _palette() -> dict[str, str]:
+    """The colours of light pages by their names in `page.css`."""
+    return dict(re.findall(r"--(\w+): (#\w{6})", PAGE_CSS.read_text("utf-8").partition("@media")[0]))
 
 
 def legend_of(panel: Panel) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
@@ -60,6 +60,23 @@ def page(store: Store, record: Record) -> str:
         ),
         missing=list(dict.fromkeys(arrays.missing)),
     )
+
+
+def picture(store: Store, record: Record) -> tuple[str, bytes] | None:
+    """The chart that says most, as a file of its own with its media type; nothing where there is none to draw.
+
+    Methods side by side if there are several, else the metric against sparsity.
+    """
+    record = {"recipe": {}, "stages": {}, "results": {}, **record}
+    metric = tables.primary_metric(record)
+    if panels := comparison.panels_of(record):
+        return "image/png", charts.comparison_picture(panels, metric, "png")
+    series = facts.series_of(store, record)
+    if not _is_drawable(series):
+        return None
+    floor, compact = _floor(record, metric), facts.has_compact(record)
+    chart = charts.sparsity_chart(series, metric, width=960, height=380, floor=floor, direct=True, compact=compact)
+    return "image/svg+xml", charts.standalone(chart)
 
 
 def headline(record: Record) -> dict[str, str]:
@@ -194,7 +211,7 @@ def _width(group: Mapping[str, Any]) -> Share:
 
 def _sparsity(store: Store, record: Record) -> dict[str, Any] | None:
     series = facts.series_of(store, record)
-    if not any(s.lines or s.breached or s.label != "dense" for s in series):
+    if not _is_drawable(series):
         return None
     metric = tables.primary_metric(record)
     floor = _floor(record, metric)
@@ -218,6 +235,10 @@ def _sparsity(store: Store, record: Record) -> dict[str, Any] | None:
         "seeds": any(p.high > p.low for s in series for p in (*s.tests, *(q for line in s.lines for q in line))),
         "floor": floor,
     }
+
+
+def _is_drawable(series: Sequence[facts.Series]) -> bool:
+    return any(s.lines or s.breached or s.label != "dense" for s in series)
 
 
 def _controls(record: Record) -> dict[str, Any] | None:
