@@ -91,7 +91,7 @@ def lifecycle(
     with without_plugins(no_plugins):
         wanted = read_recipe(recipe, changes=changes)
         _check_promotable(wanted)
-        _check_runner(runner)
+        check_runner(runner)
         champion(Store(store), name)
         configured = server.configured()
         if approval_seconds is not None and not configured:
@@ -127,7 +127,8 @@ def _check_promotable(recipe: Recipe) -> None:
         )
 
 
-def _check_runner(runner: str) -> None:
+def check_runner(runner: str) -> None:
+    """Refuses a runner that is not known."""
     if runner not in RUNNERS:
         raise UserMistake(f"runner = {runner!r}: is not known (allowed: {', '.join(RUNNERS)})")
 
@@ -144,7 +145,7 @@ def _run(
     wanted = read_recipe(recipe, changes=changes)
     name = name or wanted.name
     check_run_name(name)
-    _check_runner(runner)
+    check_runner(runner)
     artifacts = Store(store)
     plan = prepare(wanted)
     cached = is_cached(plan, artifacts)

@@ -78,6 +78,7 @@ class Run:
             "after": list(self.plan.after.get(name, self._turn_parents(call))),
             **({"teacher": call.facts["teacher"]} if call and "teacher" in call.facts else {}),
             "message": result.message,
+            **({"fault": result.fault} if result.fault else {}),
             "row": dict(call.facts.get("row", {})) if call else {},
             "metrics": result.metrics,
         }
