@@ -182,8 +182,8 @@ def _check_order(question: Question, tried: Mapping[str, Trial]) -> None:
     if len(sized) == 2 and (rungs := sorted(sized))[0][1] < rungs[1][1]:
         (a, small), (b, large) = rungs
         raise UserMistake(
-            f"{knob.path}: {question.smallest} rise from {small:,} at {knob.values[a]} to {large:,} at {knob.values[b]}, "
-            "but bisection goes from larger networks to smaller ones: write the rungs the other way round, such as "
+            f"{knob.path}: {question.smallest} rise from {small:,} at {knob.values[a]} to {large:,} at "
+            f"{knob.values[b]}, but bisection goes from larger networks to smaller ones: write the rungs the other way round, such as "
             f"{knob.values[-1]}:{knob.values[0]}"
         )
 
@@ -232,9 +232,7 @@ def _message(question: Question, tried: list[Trial], chosen: Trial | None, recor
     guard = f"{question.metric} worse by at most {question.max_drop:g} on the validation split"
     many = "1 trial" if len(tried) == 1 else f"{len(tried)} trials"
     if chosen is None:
-        return (
-            f"no trial keeps to the guard, {guard}; allow more, begin with larger networks, or fine-tune longer"
-        )
+        return f"no trial keeps to the guard, {guard}; allow more, begin with larger networks, or fine-tune longer"
     values = ", ".join(f"{knob.word} {_shown(chosen.values[knob.path])}" for knob in question.knobs)
     found = f"{values}: {number(chosen.size or 0)} {question.smallest}, the smallest of {many} with {guard}"
     if len(question.knobs) == 1 and (left := len(question.knobs[0].values) - len(tried)):
@@ -252,7 +250,9 @@ def trial_line(question: Question, trial: Trial) -> str:
     values = " ".join(f"{knob.word} {_shown(trial.values[knob.path])}" for knob in question.knobs)
     if question.fidelity:
         values += f" · {question.fidelity.word} {_shown(trial.step)}"
-    told = f"{question.metric} {_figure(trial.metric)} ({_drop(trial)}), {_size(trial.size)} {question.smallest}"
+    told = (
+        f"{question.metric} {_figure(trial.metric)}, worse by {_drop(trial)}, {_size(trial.size)} {question.smallest}"
+    )
     what = told if trial.metric is not None else trial.why
     return f"{mark} {escape(values):<28} {escape(what)}[dim]{', cached' if trial.cached else ''}[/]"
 
@@ -263,9 +263,9 @@ def trials_table(answer: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     for path in (*paths, *fidelity):
         table.add_column(escape(path.rpartition(".")[2]), justify="right")
-    for column in (f"validation {answer['metric']}", "drop", answer["smallest"]):
+    for column in (answer["metric"], "drop", answer["smallest"]):
         table.add_column(column, justify="right")
-    for column in ("keeps to it", "cached", ""):
+    for column in ("guard", "cached", ""):
         table.add_column(column)
     best = answer["chosen"]["name"] if answer["chosen"] else None
     for row in answer["trials"]:
@@ -293,7 +293,7 @@ def _figure(value: float | None) -> str:
 
 
 def _drop(trial: Trial) -> str:
-    return "–" if trial.drop is None else f"{0.0 - trial.drop:+.4f}"
+    return "–" if trial.drop is None else f"{trial.drop:.4f}"
 
 
 def _size(size: int | None) -> str:

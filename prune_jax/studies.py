@@ -30,7 +30,8 @@ def optimise(
 
     Successive halving (Li et al. 2018, arXiv:1810.05934) stops a trial after a value of the fidelity unless it is among
     the best third so far: those that keep to the guard before those that do not, the former by size, the latter by how
-    far they are from it (Deb 2000).
+    far they are from it (Deb 2000). There the guard allows, besides, the most that a trial has won back on its way from
+    that value to the last: small networks lose more at first, and judged by the guard alone would never be let go on.
 
     Args:
         knobs: what may be turned. The sampler sees a rung's number if all rungs are numbers, else rungs without order.
@@ -49,6 +50,7 @@ def optimise(
         sampler=optuna.samplers.TPESampler(seed=SEED), pruner=halving if len(steps) > 1 else optuna.pruners.NopPruner()
     )
     whole, tried, dice = [], set(), random.Random(SEED)
+    won_back = [0.0 for _ in steps]  # from each value of the fidelity to the last, the most so far
     for _ in range(min(trials, math.prod(len(knob.values) for knob in knobs))):
         asked, rungs = _ask(study, knobs)
         if rungs in tried:  # the sampler likes to come back; by lot it gets to know what it has not seen
@@ -59,9 +61,11 @@ def optimise(
             asked, rungs = _ask(study, knobs)
         tried.add(rungs)
         values = {knob.path: knob.values[rung] for knob, rung in zip(knobs, rungs, strict=True)}
+        drops: list[float | None] = []
         for place, step in enumerate(steps):
             found = judge(values, step)
-            asked.report(score(found, max_drop), step=THIRD**place)
+            drops.append(found.drop)
+            asked.report(score(found, max_drop + won_back[place]), step=THIRD**place)
             if stopped := place < len(steps) - 1 and asked.should_prune():
                 break
         asked.set_constraint("drop", FAR if found.drop is None else found.drop - max_drop - SLACK)
@@ -70,14 +74,18 @@ def optimise(
         else:
             study.tell(asked, math.inf if found.size is None else found.size)
             whole.append(found)
+            if (last := drops[-1]) is not None:
+                won_back = [
+                    max(w, drop - last) if drop is not None else w for w, drop in zip(won_back, drops, strict=True)
+                ]
     return whole
 
 
-def score(trial: Trial, max_drop: float) -> float:
-    """How good a trial looks, lowest best: 1 - 1 / (1 + size) < 1 under the guard, else 1 + how far it is from it."""
+def score(trial: Trial, allowed: float) -> float:
+    """How good a trial looks, lowest best: 1 - 1 / (1 + size) < 1 within what is allowed, else 1 + how far beyond."""
     if trial.size is None or trial.drop is None:
         return 1 + FAR
-    return 1 - 1 / (1 + trial.size) if trial.ok else 1 + trial.drop - max_drop
+    return 1 - 1 / (1 + trial.size) if trial.drop <= allowed + SLACK else 1 + trial.drop - allowed
 
 
 def check_installed() -> None:
