@@ -183,8 +183,8 @@ def _check_order(question: Question, tried: Mapping[str, Trial]) -> None:
         (a, small), (b, large) = rungs
         raise UserMistake(
             f"{knob.path}: {question.smallest} rise from {small:,} at {knob.values[a]} to {large:,} at "
-            f"{knob.values[b]}, but bisection goes from larger networks to smaller ones: write the rungs the other way round, such as "
-            f"{knob.values[-1]}:{knob.values[0]}"
+            f"{knob.values[b]}, but bisection goes from larger networks to smaller ones: write the rungs the other way "
+            f"round, such as {knob.values[-1]}:{knob.values[0]}"
         )
 
 
