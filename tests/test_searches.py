@@ -7,6 +7,7 @@ import json
 import math
 import sys
 
+import prefect.main  # noqa: F401  (sets up logging, at which absl closes a stderr other than the present one)
 import pytest
 
 from prune_jax.errors import PruneError, UserMistake
