@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prune_jax.promotion import champions, promote, rollback
     from prune_jax.schedules import cubic
     from prune_jax.scoring import compensate, mask, score
+    from prune_jax.searches import search
     from prune_jax.sparse_training import (
         ac_dc,
         gradual,
@@ -64,6 +65,7 @@ _HOME = {
     "rollback": "prune_jax.promotion",
     "run": "prune_jax.launch",
     "score": "prune_jax.scoring",
+    "search": "prune_jax.searches",
     "settle": "prune_jax.sparse_training",
     "soft_threshold": "prune_jax.sparse_training",
     "sparse_evolution": "prune_jax.sparse_training",
@@ -100,6 +102,7 @@ __all__ = [
     "rollback",
     "run",
     "score",
+    "search",
     "settle",
     "soft_threshold",
     "sparse_evolution",

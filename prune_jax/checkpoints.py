@@ -40,6 +40,7 @@ ARRAYS = "arrays"
 META = "meta.json"
 FORMAT, FORMAT_FILE = 1, "format.json"  # a store without the file is of version 1
 CHAMPIONS = "champions"
+SEARCHES = "searches"
 AT_WORK, GATE = ".at-work", ".gate.lock"  # files of `runs/`: what the runs at work need; who holds the gate may remove
 SPARSE_RATIO = 10_000  # how much smaller a network of zeros may be on disk than in memory
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of what lies in a store; none of them leads out of it
@@ -448,6 +449,11 @@ class Store:
         """Where a champion and its history lie."""
         check_run_name(name)
         return self._below(CHAMPIONS, f"{name}.json")
+
+    def search_path(self, name: str) -> epath.Path:
+        """Where what came of a search lies."""
+        check_run_name(name)
+        return self._below(SEARCHES, f"{name}.json")
 
     def runs(self) -> list[str]:
         """The names of all runs, the latest last."""

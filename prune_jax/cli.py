@@ -405,6 +405,90 @@ def lifecycle(
     raise typer.Exit(3 if found["outcome"] == "rejected" else 0)
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "  prune-jax search lenet-5-compact --over stages.prune.target.sparsity=0.5:0.98 --max-drop 0.01\n\n"
+    "  prune-jax search my.yaml --over stages.prune.target.sparsity=0.5:0.98 --over stages.prune.schedule.rounds=1:5 "
+    "--fidelity stages.finetune.epochs=1,3,9 --trials 30"
+)
+def search(
+    recipe: RecipeArgument,
+    over: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATH=LOW:HIGH",
+            help="A setting to search, from larger networks to smaller ones; or PATH=[a, b, c]; repeat it for several.",
+            show_default=False,
+        ),
+    ],
+    max_drop: Annotated[
+        float, typer.Option(help="Largest loss of the metric on the validation split, absolute.")
+    ] = 0.01,
+    of: Annotated[
+        str | None, typer.Option(help="The stage whose network is searched, if several could be.", show_default=False)
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="A metric of the objective, or loss; left out, its own.", show_default=False)
+    ] = None,
+    smallest: Annotated[str, typer.Option(help="params, macs, bytes; nonzero for masked networks.")] = "params",
+    rungs: Annotated[int, typer.Option(help="Values of a range, both ends included.")] = 9,
+    trials: Annotated[int, typer.Option(help="With several settings: how many trials.")] = 20,
+    fidelity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH=1,3,9",
+            help="With several settings: trials rise through these values, and bad ones stop.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the search; left out, the recipe's and -search.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+    store: StoreOption = "artifacts",
+    runner: Annotated[
+        str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
+    ] = "threads",
+    no_plugins: PluginsOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Searches the smallest network within a budget of the metric; every trial is a run. Exit code 3: there is none."""
+    _quiet()
+    _find_code(no_plugins)
+    from prune_jax.console import Board
+    from prune_jax.progress import Listeners, listeners
+    from prune_jax.searches import search as look
+    from prune_jax.searches import set_line, trial_line, trials_table
+
+    console = _console(as_json)
+    with Board(console) as board:
+        board.waiting("checking the recipe, starting Prefect")
+        listeners.set(Listeners(board.hear, lambda stage, *_: board.end(stage)))
+        signal.signal(signal.SIGINT, lambda *_: board.interrupt())
+        wanted = {"max_drop": max_drop, "of": of, "metric": metric, "smallest": smallest, "name": name}
+        wanted |= {"rungs": rungs, "trials": trials, "fidelity": fidelity, "runner": runner, "no_plugins": no_plugins}
+
+        def tell(question: Any, trial: Any) -> None:
+            console.print(trial_line(question, trial), highlight=False, soft_wrap=True)
+
+        try:
+            found = look(recipe, over, changes=set_ or (), store=store, tell=tell, **wanted)  # type: ignore[arg-type]
+        except PruneError:
+            if board.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+    console.print(trials_table(found))
+    console.print(f"[bold]{_escaped(found['message'])}[/]", highlight=False, soft_wrap=True)
+    if chosen := found["chosen"]:
+        told = ", ".join(f"{network} {value:.4f}" for network, value in chosen["test"].items())
+        console.print(f"on the test split, which decided nothing: {found['metric']} {told}", highlight=False)
+        line = f"prune-jax run {recipe} {set_line(found)}{_store_option(store)}"
+        console.print(f"[dim]run: {chosen['run']}; again: {_escaped(line)}[/]", highlight=False, soft_wrap=True)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    raise typer.Exit(0 if found["outcome"] == "found" else 3)
+
+
 @app.command(epilog="Example:\n\n  prune-jax rollback digits --why 'wrong on the new scanner'")
 def rollback(
     name: Annotated[str, typer.Argument(help="Name of a champion.", show_default=False)],

@@ -87,11 +87,15 @@ class Board:
         self.interrupted = True
         self.console.print("interrupted: saving what is done")
 
-    def finished(self, name: str, label: str, status: str, seconds: float, told: str) -> None:
-        """Replaces a stage's bar by a line."""
+    def end(self, name: str) -> None:
+        """Takes a stage's bar away."""
         with self.lock:
             if name in self.at_work:
                 self.bars.remove_task(self.at_work.pop(name))
+
+    def finished(self, name: str, label: str, status: str, seconds: float, told: str) -> None:
+        """Replaces a stage's bar by a line."""
+        self.end(name)
         mark = {"ran": "[green]✓[/]", "cached": "[blue]=[/]", "failed": "[red]✗[/]"}.get(status, "[yellow]-[/]")
         text = f"{mark} {escape(label):<32} {seconds:6.1f} s  [dim]{escape(told or status)}[/]"
         self.console.print(text, highlight=False, no_wrap=True, overflow="ellipsis")

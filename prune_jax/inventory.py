@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from prune_jax.checkpoints import AT_WORK, CHAMPIONS, Store, age
+from prune_jax.checkpoints import AT_WORK, CHAMPIONS, SEARCHES, Store, age
 from prune_jax.errors import UserMistake
 from prune_jax.files import files_below
 from prune_jax.plan import VERSIONS
@@ -98,7 +98,7 @@ def leftovers(store: Store) -> list[Leftover]:
     nested = chain.from_iterable((run, *_folders(run)) for run in _folders(runs))
     for entry in (
         e
-        for folder in (store.root, runs, store.root / CHAMPIONS, *nested)
+        for folder in (store.root, runs, store.root / CHAMPIONS, store.root / SEARCHES, *nested)
         if folder.exists()
         for e in sorted(folder.iterdir())
     ):

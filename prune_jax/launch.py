@@ -94,7 +94,7 @@ def lifecycle(
     with without_plugins(no_plugins):
         wanted = read_recipe(recipe, changes=changes)
         _check_promotable(wanted)
-        _check_runner(runner)
+        check_runner(runner)
         champion(Store(store), name)
         configured = server.configured()
         if approval_seconds is not None and not configured:
@@ -130,7 +130,8 @@ def _check_promotable(recipe: Recipe) -> None:
         )
 
 
-def _check_runner(runner: str, *more: str) -> None:
+def check_runner(runner: str, *more: str) -> None:
+    """Refuses a runner that is not known."""
     if runner not in RUNNERS:
         raise UserMistake(f"runner = {runner!r}: is not known (allowed: {', '.join((*RUNNERS, *more))})")
 
@@ -149,7 +150,7 @@ def _run(
     check_run_name(name)
     kind, _, address = runner.partition("=")
     if kind != "dask":
-        _check_runner(runner, "dask=ADDRESS")
+        check_runner(runner, "dask=ADDRESS")
     artifacts = Store(store)
     plan = prepare(wanted)
     cached = is_cached(plan, artifacts)

@@ -87,6 +87,7 @@ class Run:
             "after": list(self.plan.after.get(name, [maker for _, maker in inputs])),
             **({"teacher": call.facts["teacher"]} if call and "teacher" in call.facts else {}),
             "message": result.message or (meta or {}).get("facts", {}).get("message", ""),
+            **({"fault": result.fault} if result.fault else {}),
             "row": dict(call.facts.get("row", {})) if call else {},
             "metrics": result.metrics,
         }

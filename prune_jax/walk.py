@@ -163,6 +163,7 @@ def failure(call: StageCall, error: BaseException) -> StageResult:
         metrics=error.metrics if isinstance(error, GateError) else {},
         user_mistake=isinstance(error, UserMistake),
         rejected=isinstance(error, GateError),
+        fault=type(error).__name__,
     )
 
 
@@ -176,5 +177,11 @@ def _skipped(call: StageCall, bad: StageResult, status: Status = "skipped") -> S
     verb = "failed" if bad.status == "failed" else "was skipped"
     message = f"{bad.name}: {bad.message}" if status == "failed" else f"{bad.name} {verb}"
     return StageResult(
-        name=call.name, kind=call.kind, key=call.key, status=status, message=message, user_mistake=bad.user_mistake
+        name=call.name,
+        kind=call.kind,
+        key=call.key,
+        status=status,
+        message=message,
+        user_mistake=bad.user_mistake,
+        fault=bad.fault if status == "failed" else "",
     )

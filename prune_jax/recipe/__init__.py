@@ -2,6 +2,7 @@
 
 from prune_jax.recipe.calls import Problem, Ref, StageCall, StageResult, Status, digest
 from prune_jax.recipe.champion import Champion, Entry, why_no_champion
+from prune_jax.recipe.knobs import Knob, read_knob, read_steps
 from prune_jax.recipe.limits import Limits, Times
 from prune_jax.recipe.model import BUILT_IN_MODELS, CustomModel
 from prune_jax.recipe.parts import (
@@ -56,6 +57,7 @@ __all__ = [
     "Gate",
     "Guard",
     "Iterative",
+    "Knob",
     "Limits",
     "Mask",
     "Operation",
@@ -83,8 +85,10 @@ __all__ = [
     "is_run_name",
     "parents_of",
     "printable",
+    "read_knob",
     "read_limits",
     "read_recipe",
+    "read_steps",
     "untargeted",
     "validate",
     "why_no_champion",

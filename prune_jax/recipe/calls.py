@@ -66,6 +66,7 @@ class StageResult(Frozen):
     message: str = ""
     user_mistake: bool = Field(default=False, description="trying again will not help")
     rejected: bool = Field(default=False, description="a gate said no")
+    fault: str = Field(default="", description="the error's name, of a stage that failed: DivergedError")
 
     @property
     def ref(self) -> Ref:

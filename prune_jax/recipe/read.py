@@ -201,10 +201,7 @@ def _with_change(
     told = f"{option} {shortened(change, 60)}"
     if not equals or not path.strip():
         raise UserMistake(f"{told}: write path=value, such as {option} {example}")
-    try:
-        value = yaml.load(text[: BYTES + 1], _Loader)
-    except (yaml.YAMLError, RecursionError):
-        raise UserMistake(f"{told}: {_short(text)} is not a YAML value") from None
+    value = read_value(text, told)
     steps = path.strip().split(".")
     if len(steps) > DEPTH:
         raise UserMistake(f"{told}: the path is more than {DEPTH} deep")
@@ -215,6 +212,14 @@ def _with_change(
             f"(stages: {shortened(', '.join(stages))})"
         )
     return with_value(raw, steps, value)
+
+
+def read_value(text: str, told: str) -> Any:
+    """A value as YAML has it; `told` says in messages where it stands."""
+    try:
+        return yaml.load(text[: BYTES + 1], _Loader)
+    except (yaml.YAMLError, RecursionError):
+        raise UserMistake(f"{told}: {_short(text)} is not a YAML value") from None
 
 
 def with_value(raw: Mapping[str, Any], path: str | Sequence[str], value: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class _Stage(_Part):
     status: Status
     label: str = ""
     message: str = ""
+    fault: str = ""
     seconds: float = 0.0
     made_in_seconds: float = 0.0
     begin: float | None = None
