@@ -13,7 +13,10 @@ from prune_jax.walk import walk
 TOLERANCE = {"accuracy": 0.03, "mse": 0.02, "sparsity": 0.002}
 SEARCHED = {"threshold-search"}  # the search may choose a neighbouring value on another machine
 CUT = {"prune", "cut", "corrected"}  # with many units gone and before fine-tuning, what is left is luck
-QUICK = {"xor", "line", "projection"}
+QUICK = {
+    "xor",
+    "line",
+}
 
 
 def promised(text):

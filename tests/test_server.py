@@ -82,6 +82,7 @@ def test_a_url_makes_a_server_configured(home):
         assert server.configured()
 
 
+@pytest.mark.slow
 def test_one_server_serves_all_runs_of_a_process_and_another_one_those_after_its_end(home):
     first = server.start_early()
     assert server.start_early() is first

@@ -54,7 +54,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_no_number_is_named_and_never_kept(case, store):
+def test_what_is_no_number_is_named_and_never_kept(case, store, monkeypatch):
+    monkeypatch.setattr("prune_jax.training.BEAT_SECONDS", 1e9)  # looked at in the end: a look midway finds less broken
     raw, stage, texts = CASES[case]
     if "bent" in raw["data"]["source"]:
         pytest.importorskip("grain")

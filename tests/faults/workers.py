@@ -34,7 +34,9 @@ from tests.faults.runs import (
 from tests.faults.table import Outcome, fault
 
 ROOT = Path(__file__).parents[2]
+TOLD_AGAIN = 10  # seconds in which the worker reports a crash once more; it would end a retry that has begun by then
 STOPS_WITHIN = 45  # seconds: a worker hears of a cancellation at once or, at the worst, when it asks the next time
+ENDS = ("Completed", "Failed", "Crashed")
 FIRST = ("train/*.work/*", "finetune/.*.lock", "mask/.*.lock", "compact/.*.lock", "evaluate/.*.lock")
 
 
@@ -115,6 +117,7 @@ def stop_process(it: Served, run: UUID, store: Path) -> None:
     for pid in holders(store):
         os.kill(pid, signal.SIGKILL)
     it.wait(run, "Crashed")
+    time.sleep(TOLD_AGAIN)
 
 
 def stop_all(it: Served, run: UUID, store: Path) -> None:
@@ -154,7 +157,7 @@ def _often(times: int, stop: Callable[[Served, UUID, Path], None]) -> Outcome:
                 stop(it, run, store)
                 done = finished(store)
                 it.retry(run)
-                wrong = [] if it.wait(run, "Completed", "Failed") == "Completed" else ["it failed when it was retried"]
+                wrong = [] if it.wait(run, *ENDS) == "Completed" else ["it failed when it was retried"]
                 wrong += _lost(store, done, whole)
                 survived, lost = survived + (not wrong), lost + len(wrong)
                 sys.stderr.write(f"{seconds():5.0f} s  {stop.__name__} at {wanted} {wrong or ''}\n")
