@@ -49,6 +49,9 @@ LimitOption = Annotated[
 ]
 WhyOption = Annotated[str, typer.Option(help="Kept in the history.", show_default=False)]
 ByOption = Annotated[str | None, typer.Option(help="Who decides; left out, you.", show_default=False)]
+RunnerOption = Annotated[
+    str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
+]
 PluginsOption = Annotated[
     bool,
     typer.Option(
@@ -373,9 +376,7 @@ def lifecycle(
     ] = None,
     set_: SetOption = None,
     store: StoreOption = "artifacts",
-    runner: Annotated[
-        str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
-    ] = "threads",
+    runner: RunnerOption = "threads",
     no_plugins: PluginsOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -446,9 +447,7 @@ def search(
     ] = None,
     set_: SetOption = None,
     store: StoreOption = "artifacts",
-    runner: Annotated[
-        str, typer.Option(help="threads: independent branches side by side; local: one stage at a time.")
-    ] = "threads",
+    runner: RunnerOption = "threads",
     no_plugins: PluginsOption = False,
     as_json: JsonOption = False,
 ) -> None:
