@@ -7,7 +7,6 @@ whose every machine is trusted. What goes over them is calls and results; the ar
 from __future__ import annotations
 
 import logging
-import os
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from prefect.settings import PREFECT_API_URL
 
 from prune_jax.checkpoints import versions
 from prune_jax.errors import UserMistake
+from prune_jax.shares import at_a_time, threads
 
 if TYPE_CHECKING:
     from prefect_dask import DaskTaskRunner
@@ -69,20 +69,25 @@ def opened(address: str) -> Iterator[Cluster]:
 @contextmanager
 def _processes(count: int) -> Iterator[Any]:
     """Worker processes, spawned: JAX does not survive a fork. They speak TLS, so that no other user gets in."""
+    import dask
     from distributed import LocalCluster
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = {"NPROC": str(max(cores // count, 1))}  # threads that XLA takes; each would take all cores
-    cluster = LocalCluster(
-        n_workers=count,
-        threads_per_worker=1,
-        processes=True,
-        security=True,
-        dashboard_address=None,
-        env=share,
-        silence_logs=logging.CRITICAL,
-    )
-    with cluster:
+    # Dask has workers hand freed memory back at once: each step of a training would then ask the system for it anew.
+    spawning = "distributed.nanny.pre-spawn-environ"
+    environ = {name: value for name, value in dask.config.get(spawning).items() if name != "MALLOC_TRIM_THRESHOLD_"}
+    share = {"PJRT_NPROC": str(threads(count * at_a_time()))}  # each would inherit those of this process
+    with (
+        dask.config.set({spawning: environ}),
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            processes=True,
+            security=True,
+            dashboard_address=None,
+            env=share,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+    ):
         yield cluster
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from prune_jax.disks import free_bytes, readable, told
 from prune_jax.errors import PruneError
-from prune_jax.shares import RUNS, settle, usable_cpus
+from prune_jax.shares import RUNS, at_a_time, settle, usable_cpus
 
 LEAST, SCARCE = 100e6, 2e9  # bytes free: too few for a small run, and few for a larger one
 EXTRAS = {"grain": "data that does not fit in memory", "onnx": "the export format onnx"}
@@ -107,7 +107,7 @@ def _devices() -> Iterator[Finding]:
     else:
         yield Finding("devices", "good", found)
     if backend == "gpu":
-        yield _preallocation(int(os.environ.get(RUNS, "1")), os.environ)
+        yield _preallocation(at_a_time(), os.environ)
 
 
 def _preallocation(runs: int, env: Mapping[str, str]) -> Finding:
@@ -127,7 +127,7 @@ def _preallocation(runs: int, env: Mapping[str, str]) -> Finding:
 
 
 def _threads() -> Iterator[Finding]:
-    cpus, runs, each = usable_cpus(), int(os.environ.get(RUNS, "1")), os.environ["PJRT_NPROC"]
+    cpus, runs, each = usable_cpus(), at_a_time(), os.environ["PJRT_NPROC"]
     found = f"{each} for XLA, on {cpus:g} CPUs" + (f" that {runs} runs share" if runs > 1 else "")
     if each.isdecimal() and int(each) * runs > max(cpus, runs):
         yield Finding("threads", "doubtful", found, f"They take turns: unset PJRT_NPROC, which {RUNS} sets")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from prune_jax.errors import UserMistake
@@ -23,10 +23,19 @@ def settle(env: MutableMapping[str, str] = os.environ) -> None:
     Raises:
         UserMistake: `PRUNE_JAX_RUNS_AT_A_TIME` is no number of runs.
     """
+    env.setdefault("PJRT_NPROC", str(threads(at_a_time(env))))
+
+
+def at_a_time(env: Mapping[str, str] = os.environ) -> int:
+    """So many runs share this machine.
+
+    Raises:
+        UserMistake: `PRUNE_JAX_RUNS_AT_A_TIME` is no number of runs.
+    """
     text = env.get(RUNS, "1")
     if not text.isdecimal() or int(text) < 1:
         raise UserMistake(f"{RUNS} = {text[:60]!r}: must be the number of runs that share this machine, 1 or more")
-    env.setdefault("PJRT_NPROC", str(threads(int(text))))
+    return int(text)
 
 
 def threads(runs: int, cpus: float | None = None) -> int:

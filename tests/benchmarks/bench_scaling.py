@@ -1,7 +1,7 @@
 """Sweeps and many stages: 24 points on one worker process and on two; 10,000 stages planned and walked.
 
-One sweep computes, and wants a core for each worker beside those of the command and of Prefect's server; the other
-waits for its records, as for a disk or a device, and shows what the runner itself takes on any machine.
+Each worker has one core. One sweep computes, beside the command and the server of Prefect on the same cores; the other
+waits for its records, as for a disk or a device.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prune_jax.shares import RUNS, usable_cpus
 from tests.benchmarks.rounds import Figure, figure
 
 SPARSITIES = [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
@@ -36,16 +37,16 @@ if __name__ == "__main__":
 """
 
 
-def _sweep(data: dict[str, Any], width: int, steps: int) -> dict[str, Any]:
+def _sweep(data: dict[str, Any], model: dict[str, Any], train: dict[str, Any], tune: dict[str, Any]) -> dict[str, Any]:
     """Eight networks of three seeds: three trainings that they share, 24 fine-tunings, each network evaluated."""
-    training = {"steps": steps, "optimizer": {"learning_rate": 0.001}}
-    prune = {"kind": "prune", "criterion": "magnitude", "target": {"sparsity": 0.5}, "finetune": training}
+    rate = {"optimizer": {"learning_rate": 0.001}}
+    prune = {"kind": "prune", "criterion": "magnitude", "target": {"sparsity": 0.5}, "finetune": {**tune, **rate}}
     return {
         "name": "sweep",
         "data": data,
-        "model": {"kind": "mlp", "widths": [width]},
+        "model": model,
         "stages": {
-            "train": {"kind": "train", **training},
+            "train": {"kind": "train", **train, **rate},
             "prune": prune,
             "evaluate": {"kind": "evaluate", "of": ["train", "prune"], "latency": None},
         },
@@ -53,9 +54,10 @@ def _sweep(data: dict[str, Any], width: int, steps: int) -> dict[str, Any]:
     }
 
 
+WAITING = {"source": "tests.samples.tiny:slow_records", "batch_size": 9, "validation": 0.2}
 SWEEPS = {
-    "computes": _sweep({"source": "digits", "batch_size": 32}, 32, 3000),
-    "waits": _sweep({"source": "tests.samples.tiny:slow_records", "batch_size": 9, "validation": 0.2}, 6, 40),
+    "computes": _sweep({"source": "mnist5k", "batch_size": 50}, {"kind": "cnn"}, {"epochs": 8}, {"epochs": 6}),
+    "waits": _sweep(WAITING, {"kind": "mlp", "widths": [64]}, {"steps": 40}, {"steps": 40}),
 }
 
 
@@ -85,6 +87,7 @@ def _swept(root: Path, kind: str, workers: int, place: int) -> float:
     script = root / "run.py"
     script.write_text(RUN)
     env = {**os.environ, "PREFECT_HOME": str(root / "prefect"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+    env[RUNS] = str(max(1, int(usable_cpus()) // workers))  # a core for each worker, whether there is one or two
     command = [sys.executable, script, kind, root / f"{kind}-{workers}-{place}", f"dask=local:{workers}"]
     done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
     if done.returncode:
