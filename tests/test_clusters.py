@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -103,7 +104,8 @@ def ray_head(processes):
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     few = [f"--num-cpus={processes}", "--include-dashboard=false", "--object-store-memory=100000000"]
     with folder as where:
-        head = subprocess.Popen([*start, *few, *ports, f"--temp-dir={where}"], stdout=subprocess.DEVNULL)
+        command, env = [*start, *few, *ports, f"--temp-dir={where}"], {**os.environ, "PYTHONPATH": os.getcwd()}
+        head = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
         try:
             for number in (port, of_clients):
                 while head.poll() is None:
