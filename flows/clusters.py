@@ -94,9 +94,10 @@ def _check_workers(cluster: Cluster, kind: str, address: str) -> None:
     try:
         found: Mapping[str, tuple[dict[str, str], bool]] = cluster.ask(_look, url)
     except Exception as error:
+        reason = str(error).strip().rpartition("\n")[2]  # Ray's holds the worker's traceback, too
         raise UserMistake(
-            f"{where}: a worker cannot run stages ({type(error).__name__}: {error}). Install the same prune-jax there, "
-            f"{ours['prune-jax']}, with `pip install 'prune-jax[{kind}]'`."
+            f"{where}: a worker cannot run stages ({type(error).__name__}: {reason}). Install the same prune-jax "
+            f"there, {ours['prune-jax']}, with `pip install 'prune-jax[{kind}]'`."
         ) from None
     if not found:
         start = KINDS[kind].worker.replace("ADDRESS", address)

@@ -121,8 +121,9 @@ def _connect(address: str) -> None:
             _try(address)
         ray.init(address, **QUIET)
     except Exception as error:  # whatever Ray makes of what it found there
+        reason = str(error).strip().rpartition("\n")[2]  # its tracebacks of other processes end with it
         raise UserMistake(
-            f"runner = 'ray={address}': no Ray head answers there ({type(error).__name__}: {error}). Start one with "
+            f"runner = 'ray={address}': no Ray head answers there ({type(error).__name__}: {reason}). Start one with "
             "`ray start --head` and further nodes with `ray start --address=HOST:6379`, or write ray=local:2 for two "
             "processes of this machine."
         ) from None

@@ -144,7 +144,7 @@ def test_a_ray_head_that_is_there_and_a_worker_that_is_killed(tmp_path, monkeypa
 def test_a_ray_head_without_workers_and_a_port_of_something_else(tmp_path, monkeypatch):
     pytest.importorskip("prefect_ray")
     raw = tiny(train=TRAIN)
-    with ray_head(processes=0) as (runner, _), pytest.raises(UserMistake, match="has no workers; start some with `ray"):
+    with ray_head(processes=0) as (_, runner), pytest.raises(UserMistake, match="has no workers; start some with `ray"):
         run(raw, store=tmp_path / "store", runner=runner)
     monkeypatch.setattr("prune_jax.flows.ray_cluster.START", 5)
     with socket.create_server(("127.0.0.1", 0)) as mute:
