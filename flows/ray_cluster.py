@@ -81,7 +81,7 @@ def connected(address: str) -> Iterator[clusters.Cluster]:
         )
     with ExitStack() as stack:
         stack.enter_context(_sigterm_kept())
-        folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)  # short: of sockets
+        folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)  # sockets: short
         stack.enter_context(folder)
         stack.callback(ray.shutdown, wait_for_processes=True)
         _start(count, folder.name) if count else _connect(address)
@@ -105,7 +105,7 @@ def _start(count: int, folder: str) -> None:
             include_dashboard=False,
             object_store_memory=MEMORY,
             runtime_env={"env_vars": clusters.share(count)},
-            _temp_dir=folder,
+            _temp_dir=f"{folder}/r",  # which Ray opens to all; the one around it stays private
             **QUIET,
         )
 
