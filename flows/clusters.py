@@ -1,109 +1,106 @@
-"""Dask clusters to run stages on: one that is there, or processes of this machine. The one room that knows Dask.
+"""Clusters to run stages on, ones that are there or processes of this machine: what Dask's and Ray's have alike.
 
-Dask pickles what it sends between its processes, and whoever reaches its ports may run code: they belong in a network
-whose every machine is trusted. What goes over them is calls and results; the arrays stay in the store.
+Both pickle what they send between their processes, and whoever reaches their ports may run code: they belong in a
+network whose every machine is trusted. What goes over them is calls and results; the arrays stay in the store.
 """
 
 from __future__ import annotations
 
-import logging
+import re
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 from prefect.settings import PREFECT_API_URL
+from prefect.task_runners import TaskRunner
 
 from prune_jax.checkpoints import versions
 from prune_jax.errors import UserMistake
 from prune_jax.shares import at_a_time, threads
 
-if TYPE_CHECKING:
-    from prefect_dask import DaskTaskRunner
-
-PATIENCE = 20  # seconds that a scheduler may take to answer
+PATIENCE = 20  # seconds that a cluster, and Prefect from a worker, may take to answer
 ALIKE = ("prune-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "prefect")  # packages on all machines
+
+
+class Kind(NamedTuple):
+    """What a kind of cluster needs; `flows/KIND_cluster.py` connects to it."""
+
+    package: str  # in the extra of the kind's name
+    address: str  # a regular expression
+    allowed: str
+    worker: str  # the command that starts one
+
+
+KINDS = {
+    "dask": Kind(
+        "prefect_dask",
+        r"(?!local).+:.+",
+        "dask=tcp://HOST:PORT of a Dask scheduler",
+        "dask worker ADDRESS --nthreads 1",
+    ),
+    "ray": Kind(
+        "prefect_ray",
+        r"(?!local:)(ray://)?([^/:\s]+|\[[^]\s]+\]):\d{1,5}",
+        "ray=ray://HOST:10001 of a Ray head, ray=HOST:6379 on a machine of its cluster",
+        "ray start --address=HOST:6379",
+    ),
+}
 
 
 class Cluster(NamedTuple):
     """Workers that stages are sent to."""
 
-    runner: DaskTaskRunner
+    runner: TaskRunner[Any]
     threads: int  # of all workers: stages at a time
+    ask: Callable[..., Mapping[str, Any]]  # ask(function, *arguments) of every worker: its name -> what it answers
 
 
 @contextmanager
-def opened(address: str) -> Iterator[Cluster]:
+def opened(runner: str) -> Iterator[Cluster]:
     """A cluster whose workers can carry out stages.
 
     Args:
-        address: of a scheduler, `tcp://HOST:PORT`; or `local:N`, N processes of this machine that share its cores
-            and end with the context.
+        runner: `KIND=ADDRESS` of a cluster; or `KIND=local:N`, N processes of this machine that share its cores and
+            end with the context.
 
     Raises:
-        UserMistake: no scheduler answers there, or a worker lacks something: which, and what to do.
+        UserMistake: no cluster answers there, or a worker lacks something: which, and what to do.
     """
-    from distributed import Client
-    from prefect_dask import DaskTaskRunner
-
-    with ExitStack() as stack:
-        options: dict[str, Any] = {"timeout": PATIENCE}
-        where = address
-        if address.startswith("local:"):
-            processes = stack.enter_context(_processes(int(address.removeprefix("local:"))))
-            where, options["security"] = processes.scheduler_address, processes.security
-        try:
-            client = Client(where, set_as_default=False, **options)
-        except (OSError, ValueError, TypeError) as error:  # what Dask raises for addresses that are none
-            raise UserMistake(
-                f"runner = 'dask={address}': no Dask scheduler answers there ({error}). Start one with `dask "
-                "scheduler` and its workers with `dask worker ADDRESS --nthreads 1`, or write dask=local:2 for two "
-                "processes of this machine."
-            ) from None
-        with client:
-            _check_workers(client, address)
-            threads = sum(client.nthreads().values())
-        yield Cluster(DaskTaskRunner(address=where, client_kwargs=options), threads)
-
-
-@contextmanager
-def _processes(count: int) -> Iterator[Any]:
-    """Worker processes, spawned: JAX does not survive a fork. They speak TLS, so that no other user gets in."""
-    import dask
-    from distributed import LocalCluster
-
-    # Dask has workers hand freed memory back at once: each step of a training would then ask the system for it anew.
-    spawning = "distributed.nanny.pre-spawn-environ"
-    environ = {name: value for name, value in dask.config.get(spawning).items() if name != "MALLOC_TRIM_THRESHOLD_"}
-    share = {"PJRT_NPROC": str(threads(count * at_a_time()))}  # each would inherit those of this process
-    with (
-        dask.config.set({spawning: environ}),
-        LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            processes=True,
-            security=True,
-            dashboard_address=None,
-            env=share,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-    ):
+    kind, _, address = runner.partition("=")
+    with import_module(f"{__package__}.{kind}_cluster").connected(address) as cluster:
+        _check_workers(cluster, kind, address)
         yield cluster
 
 
-def _check_workers(client: Any, address: str) -> None:
+def local_processes(address: str) -> int:
+    """The N of `local:N`; 0 of an address."""
+    found = re.fullmatch("local:([1-9][0-9]{0,3})", address)
+    return int(found[1]) if found else 0
+
+
+def share(processes: int) -> dict[str, str]:
+    """The surroundings of a process that has its share of this machine's cores: it would inherit those of this one."""
+    return {"PJRT_NPROC": str(threads(processes * at_a_time()))}
+
+
+def _check_workers(cluster: Cluster, kind: str, address: str) -> None:
     """Refuses workers that would make other results, or none."""
     ours, url = versions(), PREFECT_API_URL.value()
-    where = f"runner = 'dask={address}'"
+    where = f"runner = '{kind}={address}'"
     try:
-        found: Mapping[str, tuple[dict[str, str], bool]] = client.run(_look, url)
+        found: Mapping[str, tuple[dict[str, str], bool]] = cluster.ask(_look, url)
     except Exception as error:
+        reason = str(error).strip().rpartition("\n")[2]  # Ray's holds the worker's traceback, too
         raise UserMistake(
-            f"{where}: a worker cannot run stages ({type(error).__name__}: {error}). Install the same prune-jax there, "
-            f"{ours['prune-jax']}, with `pip install 'prune-jax[dask]'`."
+            f"{where}: a worker cannot run stages ({type(error).__name__}: {reason}). Install the same prune-jax "
+            f"there, {ours['prune-jax']}, with `pip install 'prune-jax[{kind}]'`."
         ) from None
     if not found:
-        raise UserMistake(f"{where}: has no workers; start some with `dask worker {address} --nthreads 1`")
+        start = KINDS[kind].worker.replace("ADDRESS", address)
+        raise UserMistake(f"{where}: has no workers; start some with `{start}`")
     for worker, (theirs, reaches) in found.items():
         for package in ALIKE:
             if theirs.get(package) != ours.get(package):
@@ -129,21 +126,21 @@ def _look(url: str | None) -> tuple[dict[str, str], bool]:
         return versions(), False
 
 
-def check_address(address: str) -> None:
-    """Refuses what cannot be a cluster's address, and Dask where it is not installed.
+def check_address(runner: str) -> None:
+    """Refuses what cannot be a cluster's address, and a kind of cluster whose package is not installed.
 
     Raises:
         UserMistake: what is wrong, and what is allowed.
     """
-    from importlib.util import find_spec
-
-    kind, _, rest = address.partition(":")
-    if not rest or (kind == "local" and not (rest.isdigit() and int(rest))):
+    name, _, address = runner.partition("=")
+    kind = KINDS[name]
+    if not local_processes(address) and not re.fullmatch(kind.address, address):
         raise UserMistake(
-            f"runner = 'dask={address}': is no address of a cluster (allowed: dask=tcp://HOST:PORT of a Dask "
-            "scheduler, or dask=local:N, N processes of this machine)"
+            f"runner = '{runner}': is no address of a cluster (allowed: {kind.allowed}, or {name}=local:N, N processes "
+            "of this machine)"
         )
-    if find_spec("prefect_dask") is None:
+    if find_spec(kind.package) is None:
         raise UserMistake(
-            f"runner = 'dask={address}': needs what is not installed: prefect-dask. Run `pip install 'prune-jax[dask]'`"
+            f"runner = '{runner}': needs what is not installed: {kind.package.replace('_', '-')}. Run "
+            f"`pip install 'prune-jax[{name}]'`"
         )

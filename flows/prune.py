@@ -82,7 +82,7 @@ def prune(
 
 
 def _prune(recipe: Recipe, store: str, name: str, side_by_side: int | None) -> State:
-    """What the flow does, apart: Dask sends a flow's function with all that it names, and this one by its name."""
+    """What the flow does, apart: clusters are sent a flow's function with all that it names, and this by its name."""
     record = carry_out(recipe, store, name, side_by_side)
     if (wanted := made.get()) is not None:
         wanted.append(record)

@@ -88,8 +88,8 @@ def run(
     runner: Annotated[
         str,
         typer.Option(
-            help="threads: independent branches side by side; local: one stage at a time; dask=tcp://HOST:PORT: on the "
-            "workers of a Dask cluster; dask=local:N: in N processes of this machine."
+            help="threads: independent branches side by side; local: one stage at a time; dask=tcp://HOST:PORT, "
+            "ray=ray://HOST:10001: on a cluster's workers; dask=local:N, ray=local:N: in N processes of this machine."
         ),
     ] = "threads",
     log: LogOption = "",

@@ -20,6 +20,7 @@ from prune_jax.registry import without_plugins
 from prune_jax.shares import settle
 
 RUNNERS = ("threads", "local")
+CLUSTERS = ("dask", "ray")
 
 
 def run(
@@ -42,8 +43,9 @@ def run(
         name: the run's name; left out, the recipe's.
         changes: `"stages.train.epochs=3"`: set before the recipe is checked.
         runner: `threads` runs independent branches side by side, `local` one stage at a time; `dask=tcp://HOST:PORT`
-            on the workers of a Dask cluster, `dask=local:N` in N processes of this machine (extra `dask`; a script
-            that says so needs `if __name__ == "__main__":`).
+            on the workers of a Dask cluster, `ray=ray://HOST:10001` or `ray=HOST:6379` on the nodes of a Ray cluster,
+            `dask=local:N` and `ray=local:N` in N processes of this machine (extras `dask`, `ray`; a script that says
+            so of Dask needs `if __name__ == "__main__":`).
         no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
 
     Returns:
@@ -148,24 +150,24 @@ def _run(
     wanted = read_recipe(recipe, changes=changes)
     name = name or wanted.name
     check_run_name(name)
-    kind, _, address = runner.partition("=")
-    if kind != "dask":
-        check_runner(runner, "dask=ADDRESS")
+    on_cluster = runner.partition("=")[0] in CLUSTERS
+    if not on_cluster:
+        check_runner(runner, *(f"{kind}=ADDRESS" for kind in CLUSTERS))
     artifacts = Store(store)
     plan = prepare(wanted)
     cached = is_cached(plan, artifacts)
 
     from prune_jax.flows import clusters, server
 
-    if kind == "dask":
-        clusters.check_address(address)
+    if on_cluster:
+        clusters.check_address(runner)
     configured = server.configured()
     if cached and not configured:
         return _nothing_to_do(plan, artifacts, name)
     temporary = None if configured else server.start_early()
     if not cached:
         check_networks(plan)
-        if kind != "dask":  # else the workers' devices count
+        if not on_cluster:  # else the workers' devices count
             for mesh in {call.problem.devices for call in plan.calls if call.problem.devices}:
                 check_devices(mesh.data, mesh.model)
 
@@ -173,7 +175,7 @@ def _run(
 
     with (
         server.in_use(temporary) if temporary else nullcontext(),
-        clusters.opened(address) if kind == "dask" else nullcontext() as cluster,
+        clusters.opened(runner) if on_cluster else nullcontext() as cluster,
     ):
         at_a_time = 1 if runner == "local" else None
         return run_flow(wanted, store=str(store), name=name, side_by_side=at_a_time, cluster=cluster)
