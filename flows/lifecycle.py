@@ -98,12 +98,14 @@ def _lifecycle(
     recipe = recipe.model_copy(update={"data": data})
     with store.at_work([ref] if ref else []):
         record = carry_out(recipe, str(store.root), _run_of(name, recipe), side_by_side)
-        if record["status"] == "failed":
-            if record["rejected"]:  # by a gate of the recipe's own
-                tell("rejected", name, {"run": record["name"], "reason": record["message"]})
-            return _outcome("rejected" if record["rejected"] else "failed", before, record, record["message"], [])
-        found = candidate(store, record["name"], network)
+        if record["status"] == "failed" and not record["rejected"]:
+            return _outcome("failed", before, record, record["message"], [])
+        found = candidate(store, record["name"], network, rejected=True)
         with store.at_work([found.artifact, found.export]):
+            if record["rejected"]:  # by a gate of the recipe's own
+                gates = [stage for stage in record["stages"].values() if stage["kind"] == "gate"]
+                checks = [check for gate in gates for check in gate["metrics"].get("checks", ())]
+                return _turn_away(store, before, record, found, record["message"], checks)
             return _decide(store, before, record, found, limits, approval_seconds)
 
 
@@ -123,9 +125,7 @@ def _decide(
     if not no and seconds is not None:
         no, by, why = _ask(before, found, judged, seconds)
     if no:
-        reject(store, found, before.name, checks=rows(judged), why=no, by=by or "")
-        tell("rejected", before.name, {"run": found.run, "network": found.network, "reason": no})
-        return _outcome("rejected", before, record, no, rows(judged))
+        return _turn_away(store, before, record, found, no, rows(judged), by or "")
     now = promote(
         store,
         found.run,
@@ -139,6 +139,21 @@ def _decide(
     tell("promoted", now.name, {"run": found.run, "network": found.network, "generation": now.generation})
     told = f"generation {now.generation}: {found.network} of run {found.run}"
     return _outcome("promoted", now, record, told, rows(judged))
+
+
+def _turn_away(
+    store: Store,
+    before: Champion,
+    record: dict[str, Any],
+    found: Candidate,
+    why: str,
+    checks: list[dict[str, Any]],
+    by: str = "",
+) -> dict[str, Any]:
+    """Keeps in the history that the candidate was turned away, and tells who listens."""
+    reject(store, found, before.name, checks=checks, why=why, by=by)
+    tell("rejected", before.name, {"run": found.run, "network": found.network, "reason": why})
+    return _outcome("rejected", before, record, why, checks)
 
 
 def _ask(before: Champion, found: Candidate, judged: tuple[Check, ...], seconds: int) -> tuple[str, str | None, str]:

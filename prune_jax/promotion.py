@@ -184,14 +184,20 @@ def reigning(store: Store, name: str) -> Champion:
     return found
 
 
-def candidate(store: Store, run: str, network: str | None = None) -> Candidate:
+def candidate(store: Store, run: str, network: str | None = None, *, rejected: bool = False) -> Candidate:
     """The network of a run that can be promoted.
+
+    Args:
+        store: where the run lies.
+        run: its name.
+        network: the stage whose network it is, if the run exported several.
+        rejected: take one that a gate of its own recipe turned away, too: for the history.
 
     Raises:
         UserMistake: the run failed, or its network was not exported or not evaluated.
     """
     record = store.record(run)
-    if record.get("status") != "completed":
+    if record.get("status") != "completed" and not (rejected and record.get("rejected")):
         raise UserMistake(
             f"run {run!r} did not complete ({record.get('message', '')}): mend it, run its recipe again, promote then"
         )

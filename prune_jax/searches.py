@@ -1,7 +1,7 @@
 """The smallest network within a budget of the metric: bisection over one knob's rungs, Optuna over several knobs.
 
 Every trial is a run of the recipe, seen and kept like any other: what it shares with others is computed once, and the
-same search asked again goes on where it was.
+same search asked again goes on where it was. `searches/NAME.json` is written anew after each trial.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from rich.table import Table
 
 from prune_jax.checkpoints import Store
 from prune_jax.disks import told
-from prune_jax.errors import UserMistake
+from prune_jax.errors import PruneError, UserMistake
 from prune_jax.files import replace
 from prune_jax.gates import number
 from prune_jax.launch import check_runner, run
 from prune_jax.recipe import Recipe, read_knob, read_recipe, read_steps
 from prune_jax.registry import without_plugins
-from prune_jax.studies import check_installed, optimise
+from prune_jax.studies import Judge, check_installed, optimise
 from prune_jax.trials import CarryOut, Question, Trial, ask, try_out
 
 FORMAT = 1  # of STORE/searches/NAME.json
@@ -125,9 +125,27 @@ def find(
         name = question.run_name(values, step)
         if name not in tried:
             tried[name] = try_out(question, values, step, store, carry_out)
+            _keep(question, store, _answer(question, tried, "running", ""))
             tell(question, tried[name])
         return tried[name]
 
+    try:
+        chosen = _choose(question, judge, tried, trials)
+    except PruneError as error:
+        _keep(question, store, _answer(question, tried, "failed", str(error)))
+        raise
+    record = store.record(chosen.run) if chosen else {}
+    outcome = "none" if chosen is None else "rejected" if record["rejected"] else "found"
+    answer = _answer(question, tried, outcome, _message(question, tried, chosen, record))
+    if chosen:
+        answer["set"] = [*changes, *question.changes(chosen.values, chosen.step)]
+        answer["chosen"] = {**_row(chosen), "run": chosen.run, "test": _told_at_the_end(question, record)}
+    _keep(question, store, answer)
+    return answer
+
+
+def _choose(question: Question, judge: Judge, tried: Mapping[str, Trial], trials: int) -> Trial | None:
+    """Tries the knobs; the smallest network that keeps to the guard, the better one of two of a size."""
     steps = question.fidelity.values if question.fidelity else (None,)
     if len(question.knobs) == 1:
         knob = question.knobs[0]
@@ -142,13 +160,7 @@ def find(
     else:
         whole = optimise(question.knobs, judge, max_drop=question.max_drop, trials=trials, steps=steps)
     fit = [trial for trial in whole if trial.ok]
-    chosen = min(fit, key=lambda trial: (trial.size, trial.drop), default=None)
-    answer = _answer(question, store, list(tried.values()), chosen, list(changes))
-    path = store.search_path(question.name)
-    with told(f"what came of search {question.name!r} cannot be written", str(store.root)):
-        store.make(path.parent)
-        replace(path, json.dumps(answer, indent=1))
-    return answer
+    return min(fit, key=lambda trial: (trial.size, trial.drop), default=None)
 
 
 def bisect(count: int, keeps: Callable[[int], bool]) -> int | None:
@@ -188,11 +200,9 @@ def _check_order(question: Question, tried: Mapping[str, Trial]) -> None:
         )
 
 
-def _answer(
-    question: Question, store: Store, tried: list[Trial], chosen: Trial | None, changes: list[str]
-) -> dict[str, Any]:
+def _answer(question: Question, tried: Mapping[str, Trial], outcome: str, message: str) -> dict[str, Any]:
     """What `searches/NAME.json` holds. Only the chosen run is named as `run`: `gc --keep` lets the others go."""
-    answer: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "name": question.name,
         "recipe": question.recipe.name,
@@ -203,18 +213,19 @@ def _answer(
         "smallest": question.smallest,
         "over": {knob.path: list(knob.values) for knob in question.knobs},
         "fidelity": {question.fidelity.path: list(question.fidelity.values)} if question.fidelity else None,
-    }
-    record = store.record(chosen.run) if chosen else {}
-    told = _told_at_the_end(question, record)
-    outcome = "none" if chosen is None else "rejected" if record["rejected"] else "found"
-    return {
-        **answer,
         "outcome": outcome,
-        "message": _message(question, tried, chosen, record),
-        "set": changes + question.changes(chosen.values, chosen.step) if chosen else [],
-        "chosen": {**_row(chosen), "run": chosen.run, "test": told} if chosen else None,
-        "trials": [_row(trial) for trial in tried],
+        "message": message,
+        "set": [],
+        "chosen": None,
+        "trials": [_row(trial) for trial in tried.values()],
     }
+
+
+def _keep(question: Question, store: Store, answer: Mapping[str, Any]) -> None:
+    path = store.search_path(question.name)
+    with told(f"what came of search {question.name!r} cannot be written", str(store.root)):
+        store.make(path.parent)
+        replace(path, json.dumps(answer, indent=1))
 
 
 def _row(trial: Trial) -> dict[str, Any]:
@@ -228,7 +239,7 @@ def _told_at_the_end(question: Question, record: Mapping[str, Any]) -> dict[str,
     return {name: results[name][question.metric] for name in (question.dense, question.network) if name in results}
 
 
-def _message(question: Question, tried: list[Trial], chosen: Trial | None, record: Mapping[str, Any]) -> str:
+def _message(question: Question, tried: Mapping[str, Trial], chosen: Trial | None, record: Mapping[str, Any]) -> str:
     guard = f"{question.metric} worse by at most {question.max_drop:g} on the validation split"
     many = "1 trial" if len(tried) == 1 else f"{len(tried)} trials"
     if chosen is None:

@@ -93,7 +93,8 @@ def verification_lines(found: Verification) -> Iterable[str]:
         for damage in verdict.damages:
             yield f"[red]damaged[/] {escape(damage)}"
     broken = sum(bool(verdict.damages) for verdict in found.verdicts)
-    total = f"{len(found.verdicts)} artifacts, {readable(sum(verdict.bytes for verdict in found.verdicts))}"
+    count, size = len(found.verdicts), readable(sum(verdict.bytes for verdict in found.verdicts))
+    total = f"{count} artifact{'s' * (count != 1)}, {size}"
     if broken:
         yield (
             f"{total}: {broken} damaged. Run their recipes again: what is damaged is moved aside and made anew, "
@@ -105,7 +106,8 @@ def verification_lines(found: Verification) -> Iterable[str]:
         yield f"{escape(path)} is no record of a run. Run its recipe again; what it computed is there."
     kinds = [left.what for left in found.leftovers]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    yield f"[dim]{found.records} records of runs" + (f"; no damage: {counts} (`prune-jax gc`)[/]" if kinds else "[/]")
+    records = f"{found.records} record{'s' * (found.records != 1)} of runs"
+    yield f"[dim]{records}" + (f"; no damage: {counts} (`prune-jax gc`)[/]" if kinds else "[/]")
 
 
 def verification_json(store: Store, found: Verification) -> dict[str, Any]:

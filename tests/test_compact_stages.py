@@ -28,7 +28,7 @@ GROUPS = {"kind": "prune", "criterion": "magnitude", "granularity": "group", "ta
 COMPACT = {"kind": "compact"}
 RECOVERY = {"kind": "finetune", "steps": 2}
 KINDS = ("mlp", "cnn", "resnet", "autoencoder", "gru", "lstm", "transformer", "tokens", "nnx", "linen")
-SLOW = ("resnet", "lstm", "transformer", "tokens", "linen", "autoencoder", "nnx", "gru")
+SLOW = ("cnn", "resnet", "lstm", "transformer", "tokens", "linen", "autoencoder", "nnx", "gru")
 
 
 def size(store, result):

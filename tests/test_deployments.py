@@ -28,6 +28,7 @@ from prefect.workers.process import ProcessJobConfiguration
 from prune_jax.flows.prune import prune
 
 from prune_jax.recipe import built_in, read_recipe
+from prune_jax.recipe.model import BUILT_IN_MODELS
 from tests.faults.runs import recipe, records, until
 from tests.faults.workers import served
 
@@ -84,6 +85,15 @@ def test_short_forms_are_taken_and_mistakes_are_not():
     for wrong in ({"criterion": 3}, {"spare": "middle"}, {"target": {"sparcity": 0.5}}):
         stages = {**raw["stages"], "prune": {**raw["stages"]["prune"], **wrong}}
         assert validate({"recipe": {**raw, "stages": stages}}, FORM)
+
+
+@pytest.mark.parametrize("required", [True, False])  # without: as the server looks at a deployment's own parameters
+@pytest.mark.parametrize("kind", [*BUILT_IN_MODELS, "my_pkg:net"])
+def test_a_model_fits_one_kind_of_the_form_and_another_kinds_settings_do_not(kind, required):
+    raw = yaml.safe_load(built_in()["lenet-300-100"])
+    assert validate({"recipe": {**raw, "model": {"kind": kind}}}, FORM, ignore_required=not required) == []
+    wrong = {"kind": kind, "args" if kind in BUILT_IN_MODELS else "widths": {}}
+    assert validate({"recipe": {**raw, "model": wrong}}, FORM, ignore_required=not required)
 
 
 def template(name):

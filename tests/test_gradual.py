@@ -46,7 +46,7 @@ def magnitude_rule(t, masks, weights, gradients):
     return without_lowest({path: abs(weights[path]) for path in masks}, round(wanted(t) * 64), masks)
 
 
-@pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "adamw", "MultiSteps"))
+@pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "adamw"))
 def test_it_is_the_training_by_hand(name):
     tx = pj.gradual(OPTIMIZERS[name], schedule=RAMP)
     found = trajectory(tx, 9)

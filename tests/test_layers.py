@@ -143,7 +143,7 @@ def test_layers_are_those_that_the_network_has(name):
     assert not net.layers.keys() & net.groups.keys()
 
 
-QUICK = ("chain", "in parallel", "one in the other", "under jit and checkpoint", "with a bias in common")
+QUICK = ("chain", "in parallel", "one in the other")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])

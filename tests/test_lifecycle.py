@@ -20,6 +20,7 @@ from prefect.settings import PREFECT_API_URL
 from prune_jax import cli
 from prune_jax.checkpoints import Store
 from prune_jax.errors import PromotionError, UserMistake
+from prune_jax.garbage import remove
 from prune_jax.launch import lifecycle
 from prune_jax.progress import Listeners, listeners, silent
 from prune_jax.promotion import champion, promote
@@ -88,6 +89,30 @@ def test_a_better_one_is_promoted_and_a_worse_one_is_turned_away(tmp_path):
         "artifacts", artifacts={"flow_run_id": {"any_": [str(flow_run("web").id)]}, "key": {"like_": "verd"}}
     )
     assert [row["passed"] for row in json.loads(table["data"])] == ["no", "yes"]
+
+
+def test_whom_the_recipes_own_gate_turns_away_stands_in_the_history_with_run_and_reason(tmp_path):
+    gate = {"kind": "gate", "of": "train", "at_least": 1.1, "params": 15}
+    for changes in ([], ["seed=5"]):  # nobody reigns, somebody does
+        found = lifecycle({**RAW, "stages": {**STAGES, "gate": gate}}, "gated", store=tmp_path, changes=changes)
+        store, run = Store(tmp_path), found["run"]
+        now = champion(store, "gated")
+        last = now.history[-1]
+        assert (found["outcome"], flow_run("gated").state.name) == ("rejected", "Rejected")
+        assert (last.action, last.generation, last.run) == ("rejected", now.generation, run["name"])
+        assert last.why == found["message"] == run["message"]
+        assert last.why.startswith("gate said no: accuracy is ")
+        assert [check["passed"] for check in last.checks] == [False, True] == [c["passed"] for c in found["checks"]]
+        assert last.metrics["accuracy"] == run["results"]["train"]["accuracy"]
+        assert events("rejected", last.run)[0] == {"run": last.run, "network": "train", "reason": last.why}
+        assert now.generation == (1 if changes else 0)
+        lifecycle(RAW, "gated", store=tmp_path)
+    remove(store, keep=0)
+    assert (
+        store.record(last.run)["status"] == "failed"
+    )  # the record, of which the report is drawn, and the network stay
+    assert store.intact(last.artifact)
+    assert store.intact(last.export)
 
 
 def test_the_command_ends_with_3_where_a_gate_says_no(tmp_path, monkeypatch, capsys):

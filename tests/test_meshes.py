@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +62,12 @@ def test_what_no_machine_or_batch_can_be_cut_into_is_refused(tmp_path):
     with pytest.raises(UserMistake, match=r"devices.model = 0"):
         read_recipe({**tiny(train=TRAIN), "devices": {"model": 0}})
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("script", ["mesh_steps", "sharded_steps"])
+def test_who_collects_doctests_keeps_the_devices_that_conftest_asks_for(script):
+    importlib.import_module(f"tests.{script}")
+    assert os.environ["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=2")
 
 
 @pytest.mark.slow

@@ -57,7 +57,9 @@ CASES = {
     "linen function": ("tests.samples.nets:make_linen", {"width": 16}, (VECTOR,)),
 }
 # Each compiles for seconds; a stage or an export runs each such kind of network besides.
-SLOW = {"resnet", "transformer of tokens", "nnx.RNN", "gru of tokens", "nnx function", "linen function"}
+SLOW = {"resnet", "transformer of tokens", "nnx.RNN", "gru of tokens", "nnx function", "linen function"} | {
+    "gru, no lengths", "nnx by flag", "linen, deterministic", "linen instance"
+}  # fmt: skip
 MOST = sparing(CASES, SLOW)
 RANDOM = {"mlp with everything", "cnn with everything", "autoencoder", "gru", "transformer", "nnx class"} | {
     "nnx function", "nnx by flag", "linen class", "linen, deterministic", "linen instance", "linen function"

@@ -20,7 +20,8 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.events.schemas.automations import AutomationCore
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tests.faults.runs import PrefectServer, command, environment, recipe, until
+from tests.faults.runs import PrefectServer, command, environment, kill_session, recipe, until
+from tests.faults.workers import served
 from tests.plain import PRUNE, TRAIN, tiny
 
 DEPLOYMENTS = Path(__file__).parents[1] / "deployments"
@@ -110,6 +111,32 @@ def test_a_killed_run_becomes_crashed_and_somebody_is_told(tmp_path, webhook):
         until(lambda: len(Told.heard) == 2, "a notification")
         assert Told.heard[1]["subject"] == f"prune_jax: {begun.name} crashed"
         assert Told.heard[1]["body"] == state.message
+
+
+@pytest.mark.slow
+def test_a_run_that_nobody_takes_is_cancelled_and_one_that_is_late_alone_is_not(tmp_path):
+    linear = {"recipe": tiny(model={"kind": "linear"}, train=TRAIN), "store": str(tmp_path / "store")}
+    with served(tmp_path) as it:
+        kill_session(it.worker[0])
+        text = (DEPLOYMENTS / "automations.yaml").read_text()
+        assert text.count("within: 1800") == 1
+        env = environment(tmp_path / "home", it.env["PREFECT_API_URL"])
+        created(env, tmp_path, "automations.yaml", text.replace("within: 1800", "within: 60"))
+        time.sleep(5)  # services look for new automations
+
+        def begin():
+            run = it.client.create_flow_run_from_deployment(it.deployment, parameters=linear).id
+            it.wait(run, "Late", patience=60)
+            return run
+
+        taken = begin()
+        it.work()
+        assert it.wait(taken, "Completed", "Cancelled", patience=60) == "Completed"
+        kill_session(it.worker[1])
+        left, begun = begin(), time.monotonic()
+        assert it.wait(left, "Cancelled", patience=200)
+        assert 50 < time.monotonic() - begun
+        assert it.state(taken) == "Completed"
 
 
 def beats(url, run):

@@ -263,6 +263,7 @@ def test_what_cannot_be_promoted_is_refused_with_what_to_do(store, tmp_path):
     second = {"tuned": stages["train"], "again": {**export, "after": ["tuned"]}}
     for name, changes in {
         "failed": {"status": "failed", "message": "train failed: NaN"},
+        "gated": {"status": "failed", "rejected": True, "message": "gate said no: accuracy is 0.9"},
         "unexported": {"stages": {name: stage for name, stage in stages.items() if name != "export"}},
         "unjudged": {"results": {}},
         "two": {"stages": {**stages, **second}},
@@ -271,12 +272,16 @@ def test_what_cannot_be_promoted_is_refused_with_what_to_do(store, tmp_path):
     for run, told in (
         ("d", "no run 'd' in"),
         ("failed", "run 'failed' did not complete (train failed: NaN): mend it"),
+        ("gated", "run 'gated' did not complete (gate said no: accuracy is 0.9): mend it"),
         ("unexported", "run 'unexported' has no StableHLO export to promote; add a stage such as `export:"),
         ("unjudged", "run 'unjudged' did not evaluate its network 'train'; add it to a stage such as `evaluate:"),
         ("two", "exported several networks (exported: train, tuned): name one with --network"),
     ):
         with pytest.raises(UserMistake, match=re.escape(told)):
             pj.promote(store, run, "refused")
+    assert candidate(store, "gated", rejected=True)[1:] == candidate(store, "a")[1:]  # for the history
+    with pytest.raises(UserMistake, match="run 'failed' did not complete"):
+        candidate(store, "failed", rejected=True)
     with pytest.raises(UserMistake, match=r"'tunde'; did you mean 'tuned'\? \(exported: train, tuned\)"):
         pj.promote(store, "two", "refused", network="tunde")
     for name in ("../up", "", "con", "a/b"):

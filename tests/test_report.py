@@ -591,6 +591,15 @@ def test_names_with_markup_and_formulas_are_drawn_as_they_are(store):
     assert "<u>" not in drawn
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_the_guards_name_stands_beside_the_dense_star_and_its_name(metric):
+    dense = facts.Series("dense", tests=[facts.Point(0.0, 0.9, 0.9, 0.9)])
+    pruned = facts.Series("prune", lines=[[facts.Point(0.5, 0.8, 0.8, 0.8)]])
+    drawn = charts.sparsity_chart([dense, pruned], metric, width=960, height=380, floor=0.9, direct=True)
+    star, guard = (float(re.search(rf'x="([\d.]+)"[^>]*>{name}</text>', drawn)[1]) for name in ("dense", "guard"))
+    assert guard - star > 22  # half of the name's 44 pixels, and the star reaches 8
+
+
 @pytest.mark.parametrize(
     "record",
     [

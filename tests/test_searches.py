@@ -60,10 +60,20 @@ def test_bisection_agrees_with_looking_at_every_rung():
 
 
 def test_the_chosen_network_is_that_of_an_exhaustive_search_and_nothing_is_computed_twice(store, tmp_path):
-    ran, told = [], []
+    ran, told, seen = [], [], []
+
+    def tell(_, trial):
+        told.append(trial)
+        seen.append(json.loads(store.search_path("s").read_text()))
+
     asked = question(max_drop=0.2)
-    answer = find(asked, store, plain(store, ran), tell=lambda _, trial: told.append(trial))
+    answer = find(asked, store, plain(store, ran), tell=tell)
     assert len(told) == len(ran) <= 3
+    ends = {"outcome", "message", "set", "chosen", "trials"}
+    for number, file in enumerate(seen, 1):  # after each trial the file tells all up to it
+        assert file == {**answer, **{e: file[e] for e in ends}}
+        assert [file[e] for e in ("outcome", "set", "chosen")] == ["running", [], None]
+        assert file["trials"] == answer["trials"][:number]
     assert answer["outcome"] == "found"
 
     rows = []  # by hand: every rung, read from the artifacts
@@ -104,6 +114,23 @@ def test_what_diverges_or_breaches_is_a_no_and_stays_known_and_other_failures_st
     wild = recipe(train={**TRAIN, "optimizer": {"name": "sgd", "learning_rate": 1e38}})
     with pytest.raises(PruneError, match=r"the search stops: run 's-0.9': train failed"):
         find(question(f"{SPARSITY}=[0.9, 0.95]", wild), store, plain(store, []))
+
+
+def test_a_search_that_stops_says_so_and_keeps_its_trials(store):
+    ran = plain(store, [])
+
+    def carry_out(recipe, name):
+        record = ran(recipe, name)
+        if len(store.runs()) == 2:
+            record |= {"status": "failed", "message": "evaluate failed: the disk is full"}
+            record["stages"]["evaluate"] |= {"status": "failed", "fault": "OSError"}
+        return record
+
+    with pytest.raises(PruneError, match=r"the search stops: run 's-0\.3'") as stopped:
+        find(question(f"{SPARSITY}=[0.1, 0.2, 0.3]", max_drop=1.0), store, carry_out)
+    file = json.loads(store.search_path("s").read_text())
+    assert (file["outcome"], file["message"]) == ("failed", str(stopped.value))
+    assert [trial["name"] for trial in file["trials"]] == ["s-0.2"]
 
 
 def test_a_gate_is_heard_at_the_end_only(store):
@@ -167,7 +194,8 @@ def test_a_killed_search_of_two_knobs_makes_the_same_choice_and_computes_nothing
     with pytest.raises(KeyboardInterrupt):
         find(asked, store, plain(store, ran, stop_after=2), trials=5)
     assert len(store.runs()) == 2
-    assert not store.search_path("s").exists()
+    left = json.loads(store.search_path("s").read_text())
+    assert (left["outcome"], [trial["name"] for trial in left["trials"]]) == ("running", sorted(store.runs()))
     answer = find(asked, store, plain(store, ran), trials=5)
     keys = [key for keys in ran for key in keys]
     assert len(keys) == len({*keys})

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from prune_jax.report.comparison import DENSE as DENSE_LABEL
 from prune_jax.report.comparison import Panel, directed
 from prune_jax.report.facts import Histogram, LossPanel, Series
+from prune_jax.report.tables import HIGHER_IS_BETTER
 from prune_jax.roles import LONGER
 
 DRAWING = threading.Lock()  # matplotlib reads its settings for SVG from the process
@@ -107,7 +108,8 @@ def sparsity_chart(
                 axes.plot(p.sparsity, p.value, "*", ms=15, mfc=colours[s.label], mec=SURFACE, mew=1.2, zorder=5)
         if floor is not None:
             axes.axhline(floor, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-            axes.annotate("guard", (0, floor), (2, 3), textcoords="offset points", color=MUTED, size=10)
+            beyond = (24, -12) if metric in HIGHER_IS_BETTER else (24, 3)  # beside the dense star and its name
+            axes.annotate("guard", (0, floor), beyond, textcoords="offset points", color=MUTED, size=10)
         values = [v for p in points for v in (p.low, p.high)]
         if metric != "accuracy" and min(values) > 0 and max(values) > 100 * min(values):
             _log_axis(axes)
