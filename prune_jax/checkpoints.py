@@ -137,7 +137,10 @@ class Store:
         """Makes a folder of the store, and the store if it was not there before."""
         self.expect()
         if not self.there and self.format is None:
-            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError:  # as below /proc
+                raise StoreError(f"the store {self.root} cannot be made there; name another folder") from None
             replace(self.root / FORMAT_FILE, json.dumps({"format": FORMAT}))
         self.there = True
         (folder or self.root).mkdir(parents=True, exist_ok=True)

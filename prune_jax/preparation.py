@@ -297,6 +297,7 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
     from prune_jax.statistics import OF_INPUTS, OF_LAYERS, check_inputs
     from prune_jax.structure import groups_of
     from prune_jax.trees import leaves_by_path
+    from prune_jax.weights import read_weights
 
     inputs, params = inputs_of(sample), variables.params
     wiring = parents_of(recipe.stages)
@@ -311,6 +312,9 @@ def _check_targets(network: Any, sample: Any, variables: Any, recipe: Recipe) ->
             return kept, prunable_paths(params, exclude=kept)
 
     for name, stage in recipe.stages.items():
+        if weights := getattr(stage, "weights", None):
+            with _at(recipe.name, f"stages.{name}.weights", weights):
+                read_weights(weights, variables._asdict())
         if patterns := _features(stage):
             where = "finetune.distill.features" if stage.kind == "prune" else "features"
             with _at(recipe.name, f"stages.{name}.{where}", patterns):

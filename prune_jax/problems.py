@@ -22,6 +22,7 @@ from prune_jax.recipe import Data, Problem, Prune, Recipe, Score
 from prune_jax.recipe.sparsify import Gradual
 from prune_jax.registry import load_module, plugin_module
 from prune_jax.sparse_training import find as find_method
+from prune_jax.weights import weights_digest
 
 if TYPE_CHECKING:
     from prune_jax.models import Network
@@ -112,7 +113,7 @@ def _build(model: str, shapes: tuple[tuple[tuple[int, ...], str], ...], outputs:
 def code_of(recipe: Recipe) -> dict[str, str]:
     """The digests of the files of others' code that the recipe names: edited code is another recipe.
 
-    Of each `module:object`, and of all that is registered by name and not ours.
+    Of each `module:object`, and of all that is registered by name and not ours; and of the files of weights.
     """
     stages = recipe.stages.values()
     criteria = [stage.criterion.name for stage in stages if isinstance(stage, Score | Prune)]
@@ -127,7 +128,8 @@ def code_of(recipe: Recipe) -> dict[str, str]:
     for group, name in parts.items():
         if module := plugin_module(f"prune_jax.{group}", name):
             named[name] = _code_digest(f"{module}:{name}")
-    return found | {name: told for name, told in named.items() if told}
+    files = {path: weights_digest(path) for stage in stages if (path := getattr(stage, "weights", None))}
+    return found | {name: told for name, told in named.items() if told} | files
 
 
 def _code_digest(reference: str) -> str:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from prune_jax.checkpoints import Store
 from prune_jax.criteria import find
 from prune_jax.datasets import Dataset
-from prune_jax.errors import GateError, NonFiniteResultError
+from prune_jax.errors import GateError, NonFiniteResultError, UserMistake
 from prune_jax.evaluation import describe, latencies, noisy, peak_bytes
 from prune_jax.export import EXTENSIONS, WRITERS
 from prune_jax.gates import NOISY, checks, reason, rows
@@ -44,6 +44,7 @@ from prune_jax.networks import (
     read_network,
     repeated,
     right_answers,
+    shapes_of,
     sparsity_of,
     temperature_of,
     validated,
@@ -58,6 +59,7 @@ from prune_jax.scoring import compensate, mask, prunable_paths, score
 from prune_jax.space import check_space
 from prune_jax.sweeping import sweep
 from prune_jax.trees import PyTree, leaves_by_path
+from prune_jax.weights import read_weights, weights_digest
 
 SPARSIFY: TypeAdapter[Sparsify | None] = TypeAdapter(Sparsify | None)
 
@@ -113,9 +115,13 @@ def _check_numbers(call: StageCall, arrays: Arrays, metrics: Metrics) -> None:
 
 
 def train(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
-    """Trains from initialisation."""
-    network = network_of(call.problem)
-    variables = jax.jit(network.init)(jax.random.key(call.seed))
+    """Trains, from initialisation or from weights of a file."""
+    if path := call.settings.get("weights"):
+        if weights_digest(path) != call.problem.code[path]:
+            raise UserMistake(f"{path} changed while the recipe was running. Run the recipe again.")
+        variables = read_weights(path, shapes_of(call.problem))
+    else:
+        variables = jax.jit(network_of(call.problem).init)(jax.random.key(call.seed))
     return _fit(call, store, report, Loaded(variables, None), dataset_of(call.problem))
 
 
@@ -132,7 +138,7 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
     from prune_jax.distillation import Lesson
     from prune_jax.training import Teacher, fit
 
-    settings, teacher = dict(call.settings), None
+    settings, teacher = {word: said for word, said in call.settings.items() if word != "weights"}, None
     taught = Teaching(**{word: settings.pop(word) for word in Teaching.model_fields if word in settings})
     if "teacher" in call.inputs:
         loaded = read_network(store, call.inputs["teacher"])

@@ -286,7 +286,7 @@ def fit(
     batch_size = min(batch_size, examples)
     per_epoch, whole = length(split, batch_size=batch_size, epochs=epochs, steps=steps)
     total = whole - begin_step
-    if total < 1:
+    if total < 1 and begin_step:
         raise UserMistake(f"there is no step from {begin_step} on: the training ends at step {whole}")
     devices = devices or Devices(data=devices_for(batch_size))
     if batch_size % devices.data:

@@ -159,11 +159,21 @@ def failure(call: StageCall, error: BaseException) -> StageResult:
         kind=call.kind,
         key=call.key,
         status="failed",
-        message=str(error) if isinstance(error, PruneError) else f"{type(error).__name__}: {error}",
+        message=str(error) if isinstance(error, PruneError) else f"{type(error).__name__}: {error}{_mend(error)}",
         metrics=error.metrics if isinstance(error, GateError) else {},
         user_mistake=isinstance(error, UserMistake),
         rejected=isinstance(error, GateError),
         fault=type(error).__name__,
+    )
+
+
+def _mend(error: BaseException) -> str:
+    """What helps where XLA found no memory."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    return (
+        " Lower `data.batch_size`, choose a smaller model, spread the training (`devices`), or run one stage at a time "
+        "(`--runner local`)."
     )
 
 

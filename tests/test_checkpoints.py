@@ -75,6 +75,12 @@ def test_trees_keep_their_form_and_meta_what_it_was_told(store):
     assert set(meta["files"]) == there - {"meta.json"}
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc")
+def test_a_store_where_none_can_be_is_told():
+    with pytest.raises(StoreError, match="the store /proc/none/store cannot be made there; name another folder"):
+        Store("/proc/none/store").make()
+
+
 def test_an_artifact_without_arrays(store):
     store.write(REF, {}, {"metrics": {"a": 1}})
     assert store.read(REF)[0] == {}

@@ -55,6 +55,7 @@ CASES = {
     "linen, deterministic": ("tests.samples.nets:LinenDeterministic", {}, (VECTOR,)),
     "linen instance": ("tests.samples.nets:LINEN_INSTANCE", {}, (VECTOR,)),
     "linen function": ("tests.samples.nets:make_linen", {"width": 16}, (VECTOR,)),
+    "two functions": ("tests.samples.nets:make_functions", {"width": 16}, (VECTOR,)),
 }
 # Each compiles for seconds; a stage or an export runs each such kind of network besides.
 SLOW = {"resnet", "transformer of tokens", "nnx.RNN", "gru of tokens", "nnx function", "linen function"} | {
@@ -62,7 +63,8 @@ SLOW = {"resnet", "transformer of tokens", "nnx.RNN", "gru of tokens", "nnx func
 }  # fmt: skip
 MOST = sparing(CASES, SLOW)
 RANDOM = {"mlp with everything", "cnn with everything", "autoencoder", "gru", "transformer", "nnx class"} | {
-    "nnx function", "nnx by flag", "linen class", "linen, deterministic", "linen instance", "linen function"
+    "nnx function", "nnx by flag", "linen class", "linen, deterministic", "linen instance", "linen function",
+    "two functions",
 }  # fmt: skip
 STATEFUL = {"mlp with everything", "cnn with everything", "resnet", "nnx class", "nnx function"} | {
     "linen class", "linen instance", "linen function"
@@ -188,7 +190,7 @@ def test_training_is_random_where_there_is_dropout_and_only_there(case):
     np.testing.assert_array_equal(one, again)
     assert np.array_equal(one, other) == (case not in RANDOM)
     np.testing.assert_array_equal(outputs(False, None), outputs(False, jax.random.key(1)))
-    if case in RANDOM and not case.startswith("linen") and case != "nnx by flag":
+    if case in RANDOM and not case.startswith(("linen", "two functions")) and case != "nnx by flag":
         with pytest.raises(ValueError, match="random in training"):
             outputs(True, None)
 
@@ -361,6 +363,7 @@ PATHS = {
         "layers/0/bias", "layers/0/kernel", "layers/1/bias", "layers/1/kernel", "norm/bias", "norm/scale",
         "output/bias", "output/kernel", "state: norm/mean", "state: norm/var",
     ],
+    "two functions": ["0/bias", "0/kernel", "1/bias", "1/kernel"],
     "linen class": [
         "BatchNorm_0/bias", "BatchNorm_0/scale", "Dense_0/bias", "Dense_0/kernel", "Dense_1/bias", "Dense_1/kernel",
         "state: batch_stats/BatchNorm_0/mean", "state: batch_stats/BatchNorm_0/var",
@@ -430,7 +433,28 @@ def test_arrays_that_are_no_variables_are_constants():
     np.testing.assert_allclose(doubled, 2 * single, rtol=1e-6)
 
 
+def test_two_functions_get_their_own_tree_back():
+    params, state = variables_of("two functions")
+    x = np.asarray(inputs_of("two functions", 5)[0])
+    outputs, _ = network_of("two functions").apply(params, state, (x,), train=False, key=None)
+    p = {path: np.asarray(leaf) for path, leaf in leaves_by_path(params).items()}
+    expected = np.maximum(x @ p["0/kernel"] + p["0/bias"], 0) @ p["1/kernel"] + p["1/bias"]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5)
+
+
 MISTAKES = {
+    "no array among the params": (
+        "tests.samples.nets:make_functions_with_text",
+        {},
+        (VECTOR,),
+        "init does not answer a pytree of arrays alone (",
+    ),
+    "a bare array": (
+        "tests.samples.nets:make_functions_of_one_array",
+        {},
+        (VECTOR,),
+        "init answers one bare array; put it in a dict",
+    ),
     "unknown kind": ("mpl", {}, (VECTOR,), "model 'mpl' is not known; did you mean 'mlp'? (known: linear, mlp, "),
     "unknown argument": (
         "mlp",

@@ -243,5 +243,9 @@ def test_failure_tells_prune_errors_as_they_are_and_others_with_their_kind():
     call = plan_of(train=TRAIN).calls[0]
     assert failure(call, DivergedError("the loss became nan")).message == "the loss became nan"
     assert failure(call, KeyError("x")).message == "KeyError: 'x'"
+    told = failure(call, RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")).message
+    assert told.startswith(
+        "RuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes. Lower `data.batch_size`"
+    )
     assert failure(call, UserMistake("no")).user_mistake
     assert not failure(call, DivergedError("no")).user_mistake

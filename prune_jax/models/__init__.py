@@ -15,6 +15,7 @@ from prune_jax.arguments import check_arguments, parameters
 from prune_jax.errors import UserMistake
 from prune_jax.models.convolutional import Cnn, ResNet
 from prune_jax.models.dense import Autoencoder, Linear, Mlp
+from prune_jax.models.from_functions import from_functions
 from prune_jax.models.from_linen import from_linen
 from prune_jax.models.from_nnx import from_nnx
 from prune_jax.models.network import Network, Variables
@@ -40,9 +41,10 @@ for _name, _module in _BUILT_IN.items():
 def build(kind: str, args: Mapping[str, Any], *, inputs: tuple[jax.ShapeDtypeStruct, ...], outputs: int) -> Network:
     """Makes the network that a recipe names.
 
-    A model is an NNX class, a Linen class or instance, or a function that answers either. It is called with `args`;
-    NNX models also with `rngs`; and with `inputs` (shape of one sample, a tuple) and `outputs` (a number) if it takes
-    arguments of these names which `args` leave open. The network is traced once, without computing anything.
+    A model is an NNX class, a Linen class or instance, or a function that answers either, or two functions, `init`
+    and `apply`. It is called with `args`; NNX models also with `rngs`; and with `inputs` (shape of one sample, a
+    tuple) and `outputs` (a number) if it takes arguments of these names which `args` leave open. The network is
+    traced once, without computing anything.
 
     Args:
         kind: a registered name, or `"module:object"`.
@@ -93,10 +95,13 @@ def _adapt(factory: Any, args: Mapping[str, Any], inputs: tuple[jax.ShapeDtypeSt
     if "rngs" in taken:
         return from_nnx(lambda rngs: make(rngs=rngs), inputs)
     module = make()
+    if isinstance(module, tuple) and len(module) == 2 and all(map(callable, module)):
+        return from_functions(*module, inputs)
     if not isinstance(module, linen.Module):
         raise UserMistake(
             f"answers a value of type {type(module).__name__} but takes no `rngs`, so that the recipe's seed cannot "
-            "reach its weights; an NNX model is made as Net(..., rngs=rngs)"
+            "reach its weights; an NNX model is made as Net(..., rngs=rngs), any other one answers two functions, "
+            "init(key) -> params and apply(params, x) -> outputs"
         )
     return from_linen(module, inputs)
 

@@ -74,14 +74,19 @@ class Stage(Operation):
 
 
 class Train(Stage):
-    """Trains from initialisation."""
+    """Trains, from initialisation or from weights of a file."""
 
     kind: Literal["train"]
     optimizer: Optimizer = Optimizer()
     epochs: float | None = Field(
         default=None, gt=0, description="passes over the training split; left out with steps, 10"
     )
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=0, description="0: the weights stay as they begin")
+    weights: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a safetensors file of arrays params/PATH and state/PATH to begin from; left out, initialisation",
+    )
     l1: float = Field(default=0.0, ge=0, description="adds l1 * sum |w| over the kernels to the loss")
     l2: float = Field(default=0.0, ge=0, description="adds l2 / 2 * sum w^2 over the kernels to the loss")
     store_moments: bool = Field(default=False, description="with the network, for a stage whose `moments` are kept")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
@@ -90,6 +92,36 @@ def make_nnx(outputs, *, rngs):
 
 def make_linen(width, outputs):
     return LinenNet(outputs=outputs, width=width)
+
+
+class Layer(NamedTuple):
+    bias: jax.Array
+    kernel: jax.Array
+
+
+def make_functions(inputs, outputs, width=8):
+    """Of no library: named tuples in a list; drops units out in training."""
+
+    def init(key):
+        keys = jax.random.split(key)
+        first = Layer(jnp.zeros(width), jax.random.normal(keys[0], (inputs[0], width)))
+        return [first, Layer(jnp.zeros(outputs), jax.random.normal(keys[1], (width, outputs)))]
+
+    def apply(params, x, *, train, key):
+        x = jax.nn.relu(x @ params[0].kernel + params[0].bias[None, :])
+        if train:
+            x = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0)
+        return x @ params[1].kernel + params[1].bias[None, :]
+
+    return init, apply
+
+
+def make_functions_with_text():
+    return lambda key: {"kernel": jnp.ones((4, 3)), "activation": "relu"}, lambda params, x: x @ params["kernel"]
+
+
+def make_functions_of_one_array():
+    return lambda key: jnp.ones((4, 3)), lambda params, x: x @ params
 
 
 def make_without_rngs(outputs):
