@@ -571,12 +571,13 @@ class Steps:
         import orbax.checkpoint as ocp
 
         self._ocp, self._folder, self._store = ocp, folder, store
+        folder.mkdir(parents=True, exist_ok=True)  # Orbax makes it for all hosts together only
         self._manager = ocp.CheckpointManager(
             folder.resolve() if "://" not in str(folder) else folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=True,
-                create=True,
+                create=False,
                 enable_async_checkpointing=False,
                 multiprocessing_options=_alone(),
             ),

@@ -208,6 +208,7 @@ class Group:
                 )
         if told := self.agree(differs):
             raise UserMistake(f"{told}. Give the same command, recipe and software on all hosts")
+        jax.devices()  # all hosts ask at the same time: each waits two minutes for the others
 
     def leave(self, why: str) -> None:
         """Has this process end without waiting for the others, who hear why."""
