@@ -33,6 +33,7 @@ from prune_jax.archives import check_unpacked
 from prune_jax.disks import GOES_ON, told
 from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake, did_you_mean, shortened
 from prune_jax.files import copy_file, files_below, locked, replace, sha256, sync, sync_all
+from prune_jax.hosts import group
 from prune_jax.recipe import Ref, check_run_name, digest, is_run_name, printable, why_no_record
 from prune_jax.trees import leaves_by_path, nest
 
@@ -82,7 +83,7 @@ class Store:
             is_file = self.local and not stat.S_ISDIR(os.stat(self.root).st_mode)
         except FileNotFoundError:
             is_file = False
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, KeyError) as error:  # KeyError: a kind of URL that is not known
             raise UserMistake(f"store = {str(root)[:100]!r}: cannot be a folder ({error})") from None
         if not self.local:
             _reach(self.root)
@@ -252,7 +253,7 @@ class Store:
             if not target:
                 return nest(flat), meta
             with self._at_hand(ref, meta) as folder, ORBAX:
-                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                with _checkpointer() as checkpointer:
                     found = checkpointer.restore(folder / ARRAYS, args=ocp.args.StandardRestore(target))
         except Exception as error:  # what Orbax raises where arrays are not as meta says; we write no such artifacts
             if isinstance(error, OSError) or not self.local:  # a disk or a network that may come back
@@ -327,7 +328,7 @@ class Store:
         # Orbax saves no empty arrays; their shape says all.
         filled = {path: array for path, array in flat.items() if array.size}
         if filled:
-            with ORBAX, ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            with ORBAX, _checkpointer() as checkpointer:
                 checkpointer.save(aside / ARRAYS, args=ocp.args.StandardSave(nest(filled)))
         full = {
             "kind": ref.kind,
@@ -375,7 +376,7 @@ class Store:
         """
         with told(f"{ref.kind}/{ref.key} cannot be begun", str(self.root)):
             self.make(self.path(ref).parent)
-            path = Path(self.work(ref)).parent / f".{ref.key}.lock"
+            path = self._locked_by(ref)
             path.parent.mkdir(parents=True, exist_ok=True)
             while (file := locked(path, wait=False)) is None:
                 waiting()
@@ -384,6 +385,13 @@ class Store:
         with file:
             self._clear_leftovers(ref)
             yield
+
+    def is_held(self, ref: Ref) -> bool:
+        """Whether somebody holds, or has held, the artifact's lock."""
+        return self._locked_by(ref).exists()
+
+    def _locked_by(self, ref: Ref) -> Path:
+        return Path(self.work(ref)).parent / f".{ref.key}.lock"
 
     @contextlib.contextmanager
     def at_work(self, refs: Iterable[Ref]) -> Iterator[None]:
@@ -540,6 +548,25 @@ def write_anew(path: epath.Path, data: bytes) -> None:
             aside.unlink()
 
 
+def _alone() -> Any:
+    """Has Orbax wait for no other host: one writes, and each reads, when it likes."""
+    from orbax.checkpoint.options import MultiprocessingOptions
+
+    if (hosts := group()) is None:
+        return MultiprocessingOptions()
+    this = hosts.index
+    return MultiprocessingOptions(primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"host{this}")
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
+    options = _alone()
+    return ocp.Checkpointer(
+        ocp.StandardCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options
+    )
+
+
 class Steps:
     """Step checkpoints of one stage at work, kept by Orbax's manager; a killed stage goes on from the last."""
 
@@ -547,10 +574,15 @@ class Steps:
         import orbax.checkpoint as ocp
 
         self._ocp, self._folder, self._store = ocp, folder, store
+        folder.mkdir(parents=True, exist_ok=True)  # Orbax makes it for all hosts together only
         self._manager = ocp.CheckpointManager(
             folder.resolve() if "://" not in str(folder) else folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, create=True, enable_async_checkpointing=False
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                create=False,
+                enable_async_checkpointing=False,
+                multiprocessing_options=_alone(),
             ),
         )
 
@@ -568,6 +600,11 @@ class Steps:
                     return step, self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
             self._manager.delete(step)
         return None
+
+    def read(self, step: int, like: Any) -> Any:
+        """The tree of a step that another host has found to be complete."""
+        with ORBAX:
+            return self._manager.restore(step, args=self._ocp.args.StandardRestore(like))
 
     def _sound(self, step: int) -> bool:
         """Whether a step's files are those that were saved; of a step without a digest, as older ones are, no doubt."""

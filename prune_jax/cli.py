@@ -76,7 +76,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout; everyt
     epilog="Examples:\n\n"
     "  prune-jax run lenet-300-100\n\n"
     "  prune-jax run lenet-300-100 --set stages.prune.criterion=magnitude --name by-magnitude\n\n"
-    "  prune-jax run my.yaml --store s3://bucket/artifacts --json > run.json"
+    "  prune-jax run my.yaml --store s3://bucket/artifacts --json > run.json\n\n"
+    "  prune-jax run my.yaml --store /shared/artifacts --hosts 10.0.0.1:8476 --of-hosts 2 --host 0  "
+    "(and --host 1 on the other)"
 )
 def run(
     recipe: RecipeArgument,
@@ -94,10 +96,23 @@ def run(
     ] = "threads",
     log: LogOption = "",
     no_plugins: PluginsOption = False,
+    hosts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Trains over several hosts: the same command on each, with a port of host 0 that all reach; or auto, "
+            "under SLURM, Kubernetes, Open MPI and on TPUs.",
+            show_default=False,
+        ),
+    ] = None,
+    of_hosts: Annotated[int | None, typer.Option(help="How many hosts.", show_default=False)] = None,
+    host: Annotated[int | None, typer.Option(help="Which one this is, from 0.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Runs a recipe through Prefect; what is already in the store is not computed again."""
     _quiet()
+    if hosts:
+        _own_stdout()
     _find_code(no_plugins)
     _log_to(log)
     from rich.console import Console
@@ -112,7 +127,9 @@ def run(
         board.waiting("checking the recipe, starting Prefect")
         listeners.set(Listeners(board.hear, board.finished))
         signal.signal(signal.SIGINT, lambda *_: board.interrupt())
-        record = launch(recipe, store=store, name=name, changes=set_ or (), runner=runner, no_plugins=no_plugins)
+        among = {"hosts": hosts, "of_hosts": of_hosts, "host": host}
+        wanted = {"changes": set_ or (), "runner": runner, "no_plugins": no_plugins, **among}
+        record = launch(recipe, store=store, name=name, **wanted)  # type: ignore[arg-type]
     if record["results"]:
         console.print(results_rich(record))
     _close(console, record, store)
@@ -694,6 +711,14 @@ def _quiet() -> None:
         handlers=[silent]
     )  # the first one stands: what others add to the root logger later, they do not
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def _own_stdout() -> None:
+    """Keeps stdout for Python: what XLA's collectives print there goes to stderr."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(ours, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
 
 
 def main() -> NoReturn:

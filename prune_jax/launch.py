@@ -8,13 +8,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from prune_jax.checkpoints import Store
-from prune_jax.errors import UserMistake
-from prune_jax.meshes import check_devices
-from prune_jax.plan import Plan
+from prune_jax.checkpoints import Store, versions
+from prune_jax.errors import PruneError, UserMistake
+from prune_jax.hosts import Group, Place, join, place
+from prune_jax.meshes import check_devices, check_share
+from prune_jax.plan import VERSIONS, Plan, expand
 from prune_jax.preparation import check_networks, is_cached, prepare
+from prune_jax.problems import code_of
 from prune_jax.promotion import champion
-from prune_jax.recipe import Limits, Recipe, StageResult, check_run_name, parents_of, read_recipe
+from prune_jax.recipe import Limits, Recipe, StageCall, StageResult, check_run_name, digest, parents_of, read_recipe
 from prune_jax.records import Run
 from prune_jax.registry import without_plugins
 from prune_jax.shares import settle
@@ -31,6 +33,9 @@ def run(
     changes: Iterable[str] = (),
     runner: str = "threads",
     no_plugins: bool = False,
+    hosts: str | None = None,
+    of_hosts: int | None = None,
+    host: int | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe's stages through Prefect and answers the run record.
 
@@ -47,6 +52,11 @@ def run(
             `dask=local:N` and `ray=local:N` in N processes of this machine (extras `dask`, `ray`; a script that says
             so of Dask needs `if __name__ == "__main__":`).
         no_plugins: refuse `module:object` and what other packages register, before any of it is imported.
+        hosts: train over several hosts, each of which calls this in a new process with the same recipe and a store that
+            all share: `HOST:PORT`, a free port of host 0, or `auto` under SLURM, Kubernetes, Open MPI and on TPUs.
+        of_hosts: how many hosts.
+        host: which one this is, from 0: that one walks the plan, the others take part in trainings
+            and answer its record.
 
     Returns:
         The run record: stages with status and seconds, results of each evaluated network. A failed stage is in it too:
@@ -54,9 +64,11 @@ def run(
 
     Raises:
         UserMistake: the recipe is wrong; nothing was written.
+        PruneError: over hosts: another one is gone.
     """
+    where = place(hosts, of_hosts, host)
     with without_plugins(no_plugins):
-        return _run(recipe, store=store, name=name, changes=changes, runner=runner)
+        return _run(recipe, store=store, name=name, changes=changes, runner=runner, where=where)
 
 
 def lifecycle(
@@ -145,16 +157,70 @@ def _run(
     name: str | None,
     changes: Iterable[str],
     runner: str,
+    where: Place | None,
 ) -> dict[str, Any]:
     settle()
     wanted = read_recipe(recipe, changes=changes)
     name = name or wanted.name
     check_run_name(name)
-    on_cluster = runner.partition("=")[0] in CLUSTERS
-    if not on_cluster:
+    if runner.partition("=")[0] not in CLUSTERS:
         check_runner(runner, *(f"{kind}=ADDRESS" for kind in CLUSTERS))
+    if where is None:
+        return _carry_out(wanted, store, name, runner)
+    if runner not in RUNNERS:
+        raise UserMistake(f"runner = {runner!r}: over hosts stages run on host 0; choose {' or '.join(RUNNERS)}")
     artifacts = Store(store)
-    plan = prepare(wanted)
+    if not artifacts.local:
+        raise UserMistake(f"store = {str(store)!r}: step checkpoints must be shared; over hosts, name a folder")
+    hosts = join(where)
+    hosts.introduce(_facts(wanted, hosts))
+    return _led(hosts, wanted, store, name, runner) if hosts.first else _followed(hosts, artifacts)
+
+
+def _facts(recipe: Recipe, hosts: Group) -> dict[str, Any]:
+    """What must be the same on all hosts, before any device is asked for."""
+    code = {reference: found for row in expand(recipe)[1] for reference, found in code_of(row).items()}
+    return {
+        "the number of hosts": hosts.count,
+        "the version": versions(),
+        "the number of the stage": {kind: str(number) for kind, number in VERSIONS.items()},
+        "the recipe's digest": digest(recipe.model_dump(mode="json")),
+        "the digest of the code": code,
+    }
+
+
+def _led(hosts: Group, recipe: Recipe, store: str | os.PathLike[str], name: str, runner: str) -> dict[str, Any]:
+    """What host 0 does; however it ends, the others hear of it."""
+    outcome: dict[str, Any] = {}
+    try:
+        outcome = _carry_out(recipe, store, name, runner, hosts)
+    except BaseException as error:
+        outcome = {"message": str(error) or type(error).__name__, "mistake": isinstance(error, UserMistake)}
+        raise
+    finally:
+        hosts.end(outcome)
+    return outcome
+
+
+def _followed(hosts: Group, store: Store) -> dict[str, Any]:
+    """What a host does that is not the first, and the record that the first one made."""
+    from prune_jax.stages import take_part
+
+    def share(text: str) -> None:
+        take_part(StageCall.model_validate_json(text), Store(store.root, there=True), hosts)
+
+    outcome = hosts.follow(share)
+    if "stages" not in outcome:
+        raise (UserMistake if outcome.get("mistake") else PruneError)(f"host 0: {outcome['message']}")
+    return outcome
+
+
+def _carry_out(
+    recipe: Recipe, store: str | os.PathLike[str], name: str, runner: str, hosts: Group | None = None
+) -> dict[str, Any]:
+    artifacts = Store(store)
+    on_cluster = runner.partition("=")[0] in CLUSTERS
+    plan = prepare(recipe)
     cached = is_cached(plan, artifacts)
 
     from prune_jax.flows import clusters, server
@@ -168,8 +234,11 @@ def _run(
     if not cached:
         check_networks(plan)
         if not on_cluster:  # else the workers' devices count
-            for mesh in {call.problem.devices for call in plan.calls if call.problem.devices}:
-                check_devices(mesh.data, mesh.model)
+            for mesh in {call.problem.devices for call in plan.calls}:
+                if hosts is not None:
+                    check_share((mesh.data, mesh.model) if mesh else None, hosts.count)
+                elif mesh is not None:
+                    check_devices(mesh.data, mesh.model)
 
     from prune_jax.flows.prune import run_flow
 
@@ -178,7 +247,7 @@ def _run(
         clusters.opened(runner) if on_cluster else nullcontext() as cluster,
     ):
         at_a_time = 1 if runner == "local" else None
-        return run_flow(wanted, store=str(store), name=name, side_by_side=at_a_time, cluster=cluster)
+        return run_flow(recipe, store=str(store), name=name, side_by_side=at_a_time, cluster=cluster)
 
 
 def _nothing_to_do(plan: Plan, store: Store, name: str) -> dict[str, Any]:

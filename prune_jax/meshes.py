@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,27 @@ def check_devices(data: int, model: int) -> None:
         )
 
 
+def check_share(devices: tuple[int, int] | None, hosts: int) -> None:
+    """Refuses a mesh, (data, model), that leaves devices of some host without work.
+
+    Raises:
+        UserMistake: what is missing, and what would fit.
+    """
+    there = jax.device_count()
+    every = f"the {there} devices of {hosts} hosts ({jax.default_backend()})"
+    if devices is None:
+        raise UserMistake(
+            f"devices: is not set, and a training over hosts takes all of {every}; set it, such as "
+            f"`devices: {{data: {there}}}`, or leave --hosts out"
+        )
+    data, model = devices
+    if data * model != there:
+        raise UserMistake(
+            f"devices = {{data: {data}, model: {model}}}: takes {data * model}, and a training over hosts takes all of "
+            f"{every}; let data x model be {there}"
+        )
+
+
 def along_data(mesh: Mesh) -> NamedSharding:
     """Each device has its share of the examples."""
     return NamedSharding(mesh, PartitionSpec(DATA))
@@ -42,6 +65,26 @@ def along_data(mesh: Mesh) -> NamedSharding:
 def everywhere(mesh: Mesh) -> NamedSharding:
     """Each device has all."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def spread(tree: PyTree, layout: Any) -> PyTree:
+    """Arrays onto their devices; of a mesh over hosts, each host puts its own share.
+
+    Args:
+        tree: arrays, the same on all hosts.
+        layout: one sharding, or one for each array; None for the first device.
+    """
+    if jax.process_count() == 1 or layout is None:
+        return jax.device_put(tree, layout)
+    lies = jax.tree.map(lambda _: layout, tree) if isinstance(layout, NamedSharding) else layout
+    return jax.tree.map(_shares, tree, lies)
+
+
+def _shares(array: Any, lies: NamedSharding) -> jax.Array:
+    if jax.dtypes.issubdtype(jnp.result_type(array), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_shares(jax.random.key_data(array), lies), impl=jax.random.key_impl(array))
+    held = np.asarray(array)
+    return jax.make_array_from_callback(held.shape, lies, lambda index: np.asarray(held[index]))
 
 
 def along_model(mesh: Mesh, tree: PyTree) -> PyTree:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from prune_jax.gates import NOISY, checks, reason, rows
 from prune_jax.granularity import check_granularity
 from prune_jax.group_scoring import score_groups
 from prune_jax.group_stages import WIRED, compact, kinds_of, mask_groups
+from prune_jax.hosts import Group, group
 from prune_jax.masks import apply_masks, check_collapse
 from prune_jax.models import Variables
 from prune_jax.moments import masked_moments
@@ -60,6 +62,9 @@ from prune_jax.space import check_space
 from prune_jax.sweeping import sweep
 from prune_jax.trees import PyTree, leaves_by_path
 from prune_jax.weights import read_weights, weights_digest
+
+if TYPE_CHECKING:
+    from prune_jax.training import Fitted
 
 SPARSIFY: TypeAdapter[Sparsify | None] = TypeAdapter(Sparsify | None)
 
@@ -116,25 +121,60 @@ def _check_numbers(call: StageCall, arrays: Arrays, metrics: Metrics) -> None:
 
 def train(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """Trains, from initialisation or from weights of a file."""
-    if path := call.settings.get("weights"):
-        if weights_digest(path) != call.problem.code[path]:
-            raise UserMistake(f"{path} changed while the recipe was running. Run the recipe again.")
-        variables = read_weights(path, shapes_of(call.problem))
-    else:
-        variables = jax.jit(network_of(call.problem).init)(jax.random.key(call.seed))
-    return _fit(call, store, report, Loaded(variables, None), dataset_of(call.problem))
+    return _fit(call, store, report)
 
 
 def finetune(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
     """Trains on under masks, from earlier weights if the call rewinds, towards a teacher if it has one."""
+    return _fit(call, store, report)
+
+
+def take_part(call: StageCall, store: Store, hosts: Group) -> None:
+    """Another host's part of a training that host 0 carries out: nothing of it is written.
+
+    Raises:
+        UserMistake: the store is not the one of host 0.
+    """
+    if not store.is_held(call.ref):
+        raise UserMistake(f"store = {str(store.root)!r}: is not the one of host 0; name a folder that all hosts share")
+    _fitted(call, store, silent, _start(call, store), dataset_of(call.problem), hosts)
+
+
+def _start(call: StageCall, store: Store) -> Loaded:
+    if path := call.settings.get("weights"):
+        if weights_digest(path) != call.problem.code[path]:
+            raise UserMistake(f"{path} changed while the recipe was running. Run the recipe again.")
+        return Loaded(read_weights(path, shapes_of(call.problem)), None)
+    if call.kind == "train":
+        return Loaded(jax.jit(network_of(call.problem).init)(jax.random.key(call.seed)), None)
     start = read_network(store, call.inputs["network"])
     if "rewind" in call.inputs:
         earlier = read_network(store, call.inputs["rewind"]).variables
         start = start._replace(variables=cut_variables(call.problem, earlier, start.keep))
-    return _fit(call, store, report, start, dataset_of(call.problem))
+    return start
 
 
-def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dataset) -> tuple[Arrays, Metrics]:
+def _fit(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:
+    start, data, hosts = _start(call, store), dataset_of(call.problem), group()
+    with hosts.training(call.model_dump_json()) if hosts else contextlib.nullcontext():
+        fitted = _fitted(call, store, report, start, data, hosts)
+    metrics = validated(call.problem, fitted.variables, data, start.keep)
+    if fitted.losses.size:
+        metrics["train_loss"] = float(np.mean(fitted.losses[-50:]))
+    if call.settings.get("sparsify") is not None:
+        check_collapse(fitted.masks)
+    metrics |= {"sparsity": sparsity_of(fitted.masks), "steps": int(fitted.losses.size)}
+    if fitted.resumed_from:
+        metrics["resumed_from_step"] = fitted.resumed_from
+    stores = call.settings.get("store_moments", False)
+    moments = jax.device_get(fitted.moments) if stores else None
+    if stores and call.settings.get("sparsify") is not None:
+        moments = masked_moments(moments, fitted.masks)
+    made = start._replace(variables=fitted.variables, masks=fitted.masks, moments=moments)
+    return {**as_arrays(made), "losses": fitted.losses}, metrics
+
+
+def _fitted(call: StageCall, store: Store, report: Report, start: Loaded, data: Dataset, hosts: Group | None) -> Fitted:
     from prune_jax.distillation import Lesson
     from prune_jax.training import Teacher, fit
 
@@ -153,14 +193,15 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
     if sparsify is not None and sparsify.spare:
         dense = dense_for(call, start, sparsify.model_dump())
         sparsify = sparsify.model_copy(update={"exclude": dense, "spare": ()})
-    goes_on, stores = settings.pop("moments", "fresh") == "kept", settings.pop("store_moments", False)
+    goes_on = settings.pop("moments", "fresh") == "kept"
+    settings.pop("store_moments", None)
     network = network_for(call.problem, start.keep)
 
     def beat(done: int, total: int, loss: float, rate: float) -> None:
         report(Progress(call.name, call.label, done, total, "step", loss, rate))
 
     with store.steps(call.ref) as checkpoints:
-        fitted = fit(
+        return fit(
             network,
             start.variables,
             data.train,
@@ -173,24 +214,12 @@ def _fit(call: StageCall, store: Store, report: Report, start: Loaded, data: Dat
             sparsify=sparsify,
             teacher=teacher,
             devices=call.problem.devices,
+            hosts=hosts,
             checkpoints=checkpoints,
             checkpoint_seconds=call.operation.checkpoint_seconds,
             beat=beat,
             **settings,
         )
-    metrics = validated(call.problem, fitted.variables, data, start.keep)
-    if fitted.losses.size:
-        metrics["train_loss"] = float(np.mean(fitted.losses[-50:]))
-    if sparsify is not None:
-        check_collapse(fitted.masks)
-    metrics |= {"sparsity": sparsity_of(fitted.masks), "steps": int(fitted.losses.size)}
-    if fitted.resumed_from:
-        metrics["resumed_from_step"] = fitted.resumed_from
-    moments = jax.device_get(fitted.moments) if stores else None
-    if stores and sparsify is not None:
-        moments = masked_moments(moments, fitted.masks)
-    made = start._replace(variables=fitted.variables, masks=fitted.masks, moments=moments)
-    return {**as_arrays(made), "losses": fitted.losses}, metrics
 
 
 def score_units(call: StageCall, store: Store, report: Report) -> tuple[Arrays, Metrics]:

@@ -7,6 +7,7 @@ The data, the order of an epoch and the state stay on the device; a step is one 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +23,10 @@ from jax.sharding import Mesh
 from prune_jax.checkpoints import Steps
 from prune_jax.datasets import GrainSplit, Split
 from prune_jax.distillation import Columns, Lesson, Seen, kernels_seen
-from prune_jax.errors import DivergedError, UserMistake
+from prune_jax.errors import DivergedError, PruneError, UserMistake
+from prune_jax.hosts import Group, LeftError
 from prune_jax.masks import apply_masks
-from prune_jax.meshes import along_data, along_model, everywhere, make_mesh
+from prune_jax.meshes import along_data, along_model, everywhere, make_mesh, spread
 from prune_jax.models import Network, Variables
 from prune_jax.moments import moments_of, with_moments
 from prune_jax.objectives import inputs_of, objective, penalty
@@ -224,8 +226,8 @@ def _layout(mesh: Mesh, state: TrainState) -> TrainState:
 
 
 def devices_for(batch_size: int) -> int:
-    """Over how many devices a batch is spread: all, if they divide it."""
-    return jax.device_count() if batch_size % jax.device_count() == 0 else 1
+    """Over how many devices a batch is spread: all of this host, if they divide it."""
+    return jax.local_device_count() if batch_size % jax.local_device_count() == 0 else 1
 
 
 def fit(
@@ -246,6 +248,7 @@ def fit(
     sparsify: Sparsify | None = None,
     teacher: Teacher | None = None,
     devices: Devices | None = None,
+    hosts: Group | None = None,
     l1: float = 0.0,
     l2: float = 0.0,
     checkpoints: Steps | None = None,
@@ -272,6 +275,8 @@ def fit(
             taken anew in the end, of the weights without it over an epoch's batches, 100 at most.
         teacher: a network to learn from beside the labels.
         devices: how batches and weights are spread; left out, batches over all devices if they divide them.
+        hosts: who trains together, if `devices` are of several hosts; each calls this with the same arguments. Host 0
+            alone looks at the loss, saves, and calls `beat`; the others read step checkpoints.
         l1: weight of sum |w|.
         l2: weight of sum w^2 / 2.
         checkpoints: where step checkpoints lie; a killed training goes on from the last.
@@ -281,6 +286,7 @@ def fit(
     Raises:
         DivergedError: the loss is not finite; step and learning rate are named.
         UserMistake: the training ends before `begin_step`, the teacher does not fit, or the devices do not.
+        LeftError: on another host than the first: that one does not go on.
     """
     examples = len(split) if isinstance(split, GrainSplit) else len(split["x"])
     batch_size = min(batch_size, examples)
@@ -322,25 +328,31 @@ def fit(
         state = _begin_sparsified(variables, optimizer, whole, wrapped, moments, begin_step)
     start = 0
     layout = None if mesh is None else _layout(mesh, state)
-    if checkpoints is not None and (found := checkpoints.latest(_blank(state, layout))):
+    if hosts is not None:
+        start, state = _together(hosts, checkpoints, state)
+    elif checkpoints is not None and (found := checkpoints.latest(_blank(state, layout))):
         start, state = found
     all_have = None if mesh is None else everywhere(mesh)
-    state = jax.device_put(state, layout)
-    data = None if isinstance(split, GrainSplit) else jax.device_put(dict(split), all_have)
-    key = jax.device_put(jax.random.key(seed), all_have)
-    taught = jax.device_put((teacher.variables, teacher.columns), all_have) if teacher else None
+    state = spread(state, layout)
+    data = None if isinstance(split, GrainSplit) else spread(dict(split), all_have)
+    key = spread(jax.random.key(seed), all_have)
+    taught = spread((teacher.variables, teacher.columns), all_have) if teacher else None
     end = total if stop_step is None else min(stop_step, total)
     rates = learning_rate(optimizer, whole, begin_step)
-    clock = _Beats(optimizer, rates, total, end, start, beat, checkpoints, checkpoint_seconds)
+    clock = _Beats(optimizer, rates, total, end, start, beat, checkpoints, checkpoint_seconds, hosts)
+    if hosts is not None:
+        hosts.meet()
     # Devices of one CPU share its threads: steps in flight side by side would wait for each other for ever.
     one_at_a_time = mesh is not None and jax.default_backend() == "cpu"
     with SPANNING if mesh is not None else contextlib.nullcontext():
-        for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, all_have):
+        for done, batch, order in _batches(split, data, start, end, per_epoch, batch_size, seed, mesh):
             state = step_function(state, batch, order, key, taught)
             if one_at_a_time:
                 jax.block_until_ready(state.step)
             clock.tick(done, state)
         clock.finish(state)
+        if hosts is not None:
+            state = hosts.whole(state)
     params, last = jax.device_get((state.params, state.state))
     if sparsify is not None:
         settled = settle(state.params, state.optimizer)
@@ -350,6 +362,34 @@ def fit(
             last = jax.device_get(reestimate(network, Variables(params, last), seen, seed=seed))
     inner = state.optimizer if masks is None else state.optimizer.inner
     return Fitted(Variables(params, last), np.asarray(state.losses)[:end], start, moments_of(inner), masks)
+
+
+def _together(hosts: Group, checkpoints: Steps | None, state: TrainState) -> tuple[int, TrainState]:
+    """The step and the state from which all hosts go on: the last that host 0 finds saved.
+
+    Raises:
+        PruneError: the hosts would begin from different weights.
+    """
+    start, blank = 0, _blank(state, None)
+    if hosts.first and checkpoints is not None and (found := checkpoints.latest(blank)):
+        start, state = found
+    start, expected = hosts.agree([start, _digest(state)])
+    if not hosts.first:
+        if start and checkpoints is not None:
+            state = checkpoints.read(start, blank)
+        if _digest(state) != expected:
+            raise PruneError(
+                "the weights, or what the optimizer has of them, are others than those of host 0 before step "
+                f"{start + 1}; let all hosts have the same software, processors and store"
+            )
+    return start, state
+
+
+def _digest(tree: PyTree) -> str:
+    hashed = hashlib.sha256()
+    for path, leaf in leaves_by_path({"": tree}).items():
+        hashed.update(path.encode() + np.asarray(leaf).tobytes())
+    return hashed.hexdigest()
 
 
 def _blank(state: TrainState, layout: TrainState | None) -> TrainState:
@@ -405,19 +445,19 @@ def _begin_sparsified(
 
 
 def _batches(
-    split: Split, data: Any, start: int, end: int, per_epoch: int, batch_size: int, seed: int, all_have: Any
+    split: Split, data: Any, start: int, end: int, per_epoch: int, batch_size: int, seed: int, mesh: Mesh | None
 ) -> Iterator[tuple[int, Any, Any]]:
     """For each step its number from 1, the data and the epoch's order; the same from any start."""
     if isinstance(split, GrainSplit):
         stream = split.batches(batch_size, seed=seed, start=start)
         for step in range(start, end):
-            yield step + 1, next(stream), None
+            yield step + 1, next(stream) if mesh is None else spread(next(stream), along_data(mesh)), None
         return
     examples = len(split["x"])
     for step in range(start, end):
         if step == start or step % per_epoch == 0:
             order = np.random.default_rng([seed, step // per_epoch]).permutation(examples).astype(np.int32)
-            order = jax.device_put(order, all_have)
+            order = spread(order, None if mesh is None else everywhere(mesh))
         yield step + 1, data, order
 
 
@@ -443,30 +483,81 @@ class _Beats:
         beat: Callable[[int, int, float, float], None],
         checkpoints: Steps | None,
         checkpoint_seconds: float,
+        hosts: Group | None = None,
     ):
         self.optimizer, self.rates, self.total, self.end, self.beat = optimizer, rates, total, end, beat
         self.checkpoints, self.interval = checkpoints, checkpoint_seconds
         self.last, self.last_step, self.saved = time.perf_counter(), start, time.perf_counter()
+        self.hosts, self.due, self.gap = hosts, start + 1, 1  # hosts look up at the same steps, by no clock of theirs
 
     def tick(self, done: int, state: TrainState) -> None:
-        now = time.perf_counter()
-        if now - self.last < BEAT_SECONDS:
+        if not self._is_due(done):
             return
-        loss = self._look(done, state)
-        now = time.perf_counter()
+        fault, save = self._tell(done, state)
+        if self.hosts is not None:
+            gap, save, stop = self.hosts.agree([self.gap, save, fault is not None])
+            self.due = done + gap
+        if save:
+            self._save(done, state)
+        if fault is not None:
+            raise fault
+        if self.hosts is not None and stop:
+            raise LeftError
+
+    def _is_due(self, done: int) -> bool:
+        if self.hosts is None:
+            return time.perf_counter() - self.last >= BEAT_SECONDS
+        if done == self.due:
+            self.hosts.listening = True  # the step is on its way everywhere, and the others wait after it
+        return done == self.due
+
+    def _tell(self, done: int, state: TrainState) -> tuple[BaseException | None, bool]:
+        """Why to end, if so, and whether to save; on a host that follows neither."""
+        if self.hosts is not None and not self.hosts.first:
+            return None, False
         try:
-            self.beat(done, self.end, loss, (done - self.last_step) / (now - self.last))
-        except BaseException:  # whoever listens wants it to end; what is done is not lost
-            if self.checkpoints is not None:
-                self.checkpoints.save(done, state)
-            raise
+            loss = self._look(done, state)
+        except DivergedError as fault:
+            return fault, False
+        now = time.perf_counter()
+        rate = (done - self.last_step) / (now - self.last)
+        try:
+            self.beat(done, self.end, loss, rate)
+        except BaseException as fault:  # whoever listens wants it to end; what is done is not lost
+            return fault, self.checkpoints is not None
         self.last, self.last_step = now, done
-        if self.checkpoints is not None and now - self.saved >= self.interval:
+        self.gap = max(1, min(2 * self.gap, int(rate * BEAT_SECONDS)))
+        return None, self.checkpoints is not None and now - self.saved >= self.interval
+
+    def _save(self, done: int, state: TrainState) -> None:
+        begun = time.perf_counter()
+        if self.hosts is not None:
+            state, self.hosts.listening = self.hosts.whole(state), True
+        if self.checkpoints is not None and (self.hosts is None or self.hosts.first):
             self.checkpoints.save(done, state)
-            self.saved = time.perf_counter()
-            self.interval = max(self.interval, CHECKPOINT_SHARE * (self.saved - now))
+        if self.hosts is not None:
+            self.hosts.agree()  # none waits in a step, where its patience is short, until the disk is done
+        self.saved = time.perf_counter()
+        self.interval = max(self.interval, CHECKPOINT_SHARE * (self.saved - begun))
 
     def finish(self, state: TrainState) -> None:
+        if self.hosts is None:
+            self._judge(state)
+            return
+        fault: BaseException | None = None
+        self.hosts.listening = True
+        if self.hosts.first:
+            try:
+                self._judge(state)
+            except BaseException as error:
+                fault = error
+        stop = self.hosts.agree(fault is not None)
+        if fault is not None:
+            raise fault
+        if stop:
+            raise LeftError
+
+    def _judge(self, state: TrainState) -> None:
         if self.end:
             loss = self._look(self.end, state)
             if _not_finite(state.params):  # the last step's: no loss has seen them
@@ -492,5 +583,11 @@ class _Beats:
 
 
 def _not_finite(params: PyTree) -> list[str]:
-    """The paths of the leaves that hold NaN or infinity."""
-    return [path for path, leaf in leaves_by_path(params).items() if not bool(jnp.isfinite(leaf).all())]
+    """The paths of the leaves that hold NaN or infinity; of those on several hosts, in this one's share."""
+    return [path for path, leaf in leaves_by_path(params).items() if not _finite(leaf)]
+
+
+def _finite(leaf: jax.Array) -> bool:
+    if leaf.is_fully_addressable:
+        return bool(jnp.isfinite(leaf).all())
+    return all(np.isfinite(np.asarray(shard.data)).all() for shard in leaf.addressable_shards)
