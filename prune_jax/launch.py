@@ -207,7 +207,7 @@ def _followed(hosts: Group, store: Store) -> dict[str, Any]:
     from prune_jax.stages import take_part
 
     def share(text: str) -> None:
-        take_part(StageCall.model_validate_json(text), Store(store.root, there=True), hosts)
+        take_part(StageCall.model_validate_json(text), Store(store.root), hosts)
 
     outcome = hosts.follow(share)
     if "stages" not in outcome:
