@@ -169,9 +169,11 @@ def _run(
         return _carry_out(wanted, store, name, runner)
     if runner not in RUNNERS:
         raise UserMistake(f"runner = {runner!r}: over hosts stages run on host 0; choose {' or '.join(RUNNERS)}")
+    if "://" in str(store):
+        raise UserMistake(
+            f"store = {str(store)!r}: hosts share step checkpoints, too; name a folder that all of them see"
+        )
     artifacts = Store(store)
-    if not artifacts.local:
-        raise UserMistake(f"store = {str(store)!r}: step checkpoints must be shared; over hosts, name a folder")
     hosts = join(where)
     hosts.introduce(_facts(wanted, hosts))
     return _led(hosts, wanted, store, name, runner) if hosts.first else _followed(hosts, artifacts)
@@ -207,7 +209,7 @@ def _followed(hosts: Group, store: Store) -> dict[str, Any]:
     from prune_jax.stages import take_part
 
     def share(text: str) -> None:
-        take_part(StageCall.model_validate_json(text), Store(store.root, there=True), hosts)
+        take_part(StageCall.model_validate_json(text), Store(store.root), hosts)
 
     outcome = hosts.follow(share)
     if "stages" not in outcome:

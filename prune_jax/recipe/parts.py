@@ -383,7 +383,7 @@ class Search(Frozen):
 
 
 class Devices(Frozen):
-    """How training is spread over the machine's devices."""
+    """How training is spread over the devices of a machine, or of all hosts."""
 
     data: int = Field(default=1, ge=1, le=2**20, description="each batch is cut into so many parts")
     model: int = Field(
