@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import ipaddress
 import json
 import os
 import signal
@@ -245,6 +246,14 @@ class Group:
                     raise PruneError(f"another host ended, or cannot be reached. {GOES_ON}") from error
 
 
+def _is_number(address: str | None) -> bool:
+    """Whether an address holds no name, so that host 0 has it."""
+    try:
+        return bool(ipaddress.ip_address((address or "").rpartition(":")[0].strip("[]")))
+    except ValueError:
+        return False
+
+
 def _other(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     here, there = ours[name], theirs.get(name)
     if isinstance(here, dict) and isinstance(there, dict):
@@ -279,6 +288,7 @@ def join(where: Place) -> Group:
             where.address,
             where.hosts,
             where.host,
+            coordinator_bind_address=where.address if _is_number(where.address) else None,  # else on all interfaces
             cluster_detection_method="deactivate" if where.address else None,
             initialization_timeout=PATIENCE,
             heartbeat_timeout_seconds=HEARTBEAT,
