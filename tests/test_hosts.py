@@ -205,4 +205,4 @@ def test_hosts_that_differ_and_trainings_that_fail_end_on_both(tmp_path):
     with Hosts(tmp_path, raw, changes=[["stages.train.optimizer.learning_rate=1e30"]] * 2) as hosts:
         codes, _, errs = hosts.ends()
     assert codes == [1, 1], errs
-    assert all("Lower `optimizer.learning_rate`" in err.replace("\n", " ") for err in errs)
+    assert all("Lower `optimizer.learning_rate`" in err.replace("\n", " ") for err in errs), errs
