@@ -139,7 +139,7 @@ class Group:
         try:
             yield
         except BaseException as error:
-            if not self.listening:
+            if not self.listening or isinstance(error, jax.errors.JaxRuntimeError):  # which a lost host makes, too
                 self.broken = f"the training over {self.count} hosts broke off: {self._why(error)}. {GOES_ON}"
             self._tell({"failed": str(error)})
             if isinstance(error, Exception) and self.broken:
