@@ -140,7 +140,7 @@ class Group:
         try:
             yield
         except BaseException as error:
-            if not self.listening:
+            if not self.listening or isinstance(error, jax.errors.JaxRuntimeError):  # which a lost host makes, too
                 self.broken = f"the training over {self.count} hosts broke off: {self._why(error)}. {GOES_ON}"
             self._tell({"failed": str(error)})
             if isinstance(error, Exception) and self.broken:
@@ -218,10 +218,11 @@ class Group:
         if not self.first:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # host 0 may be gone, too
                 self._say(f"gone/{self.index}", why)
-        distributed.global_state.client = None  # what would wait for them at the end of the process
-        if self.first and distributed.global_state.service:
-            distributed.global_state.service.shutdown()
-            distributed.global_state.service = None
+        state = distributed.global_state
+        for held in (state.client, state.service):  # whose end would wait for hosts that are gone, and abort
+            if held is not None:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+        state.client = state.service = None
 
     def _tell(self, word: Mapping[str, Any]) -> None:
         self._words += 1

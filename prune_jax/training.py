@@ -497,8 +497,9 @@ class _Beats:
         if self.hosts is not None:
             gap, save, stop = self.hosts.agree([self.gap, save, fault is not None])
             self.due = done + gap
+            self.hosts.listening = stop
         if save:
-            self._save(done, state)
+            self._save(done, state, stop=fault is not None)
         if fault is not None:
             raise fault
         if self.hosts is not None and stop:
@@ -529,7 +530,7 @@ class _Beats:
         self.gap = max(1, min(2 * self.gap, int(rate * BEAT_SECONDS)))
         return None, self.checkpoints is not None and now - self.saved >= self.interval
 
-    def _save(self, done: int, state: TrainState) -> None:
+    def _save(self, done: int, state: TrainState, *, stop: bool) -> None:
         begun = time.perf_counter()
         if self.hosts is not None:
             state, self.hosts.listening = self.hosts.whole(state), True
@@ -537,6 +538,7 @@ class _Beats:
             self.checkpoints.save(done, state)
         if self.hosts is not None:
             self.hosts.agree()  # none waits in a step, where its patience is short, until the disk is done
+            self.hosts.listening = stop
         self.saved = time.perf_counter()
         self.interval = max(self.interval, CHECKPOINT_SHARE * (self.saved - begun))
 
@@ -552,6 +554,7 @@ class _Beats:
             except BaseException as error:
                 fault = error
         stop = self.hosts.agree(fault is not None)
+        self.hosts.listening = stop
         if fault is not None:
             raise fault
         if stop:

@@ -174,6 +174,8 @@ def test_one_that_is_killed_ends_the_other_and_the_same_command_goes_on(tmp_path
         "\n", " "
     )
     if killed:
+        assert "the training over 2 hosts broke off" in errs[0].replace("\n", " ")
+        assert "stack trace" not in errs[0]
         with Hosts(tmp_path, raw) as hosts:
             codes, outs, errs = hosts.ends()
         assert codes == [0, 0], errs
