@@ -159,7 +159,7 @@ def run_flow(
         PruneError: the run ended without a record.
     """
     at_work = prune if cluster is None else prune.with_options(task_runner=cluster.runner)
-    at_a_time = side_by_side if cluster is None else cluster.threads
+    at_a_time = side_by_side if cluster is None else 2 * cluster.threads  # the next is there when one ends
     return outcome_of(lambda: at_work(recipe, store=store, name=name, side_by_side=at_a_time, return_state=True))
 
 

@@ -40,14 +40,14 @@ if __name__ == "__main__":
 def _sweep(data: dict[str, Any], model: dict[str, Any], train: dict[str, Any], tune: dict[str, Any]) -> dict[str, Any]:
     """Eight networks of three seeds: three trainings that they share, 24 fine-tunings, each network evaluated."""
     rate = {"optimizer": {"learning_rate": 0.001}}
-    prune = {"kind": "prune", "criterion": "magnitude", "target": {"sparsity": 0.5}, "finetune": {**tune, **rate}}
+    prune = {"kind": "prune", "criterion": "magnitude", "min_keep": 1, "finetune": {**tune, **rate}}
     return {
         "name": "sweep",
         "data": data,
         "model": model,
         "stages": {
             "train": {"kind": "train", **train, **rate},
-            "prune": prune,
+            "prune": {**prune, "target": {"sparsity": 0.5}},
             "evaluate": {"kind": "evaluate", "of": ["train", "prune"], "latency": None},
         },
         "matrix": {"seed": [0, 1, 2], "stages.prune.target.sparsity": SPARSITIES},
