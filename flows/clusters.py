@@ -54,7 +54,7 @@ class Cluster(NamedTuple):
     """Workers that stages are sent to."""
 
     runner: TaskRunner[Any]
-    threads: int  # of all workers: stages at a time
+    threads: int  # of all workers: so many stages run at a time
     ask: Callable[..., Mapping[str, Any]]  # ask(function, *arguments) of every worker: its name -> what it answers
 
 

@@ -248,7 +248,11 @@ class Group:
 
 
 def _is_number(address: str | None) -> bool:
-    """Whether an address holds no name, so that host 0 has it."""
+    """Whether an address holds no name, so that host 0 can listen on it alone.
+
+    >>> [_is_number(address) for address in ("10.0.0.1:8476", "[::1]:8476", "head:8476", None)]
+    [True, True, False, False]
+    """
     try:
         return bool(ipaddress.ip_address((address or "").rpartition(":")[0].strip("[]")))
     except ValueError:
