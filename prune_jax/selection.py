@@ -1,13 +1,14 @@
 """The k lowest of several arrays, without sorting them.
 
 Floats are ordered as their bit patterns are, so the k-th smallest is an integer, found by counting. XLA sorts on CPU
-a hundred times slower than it counts. A sample brackets the answer; a few passes over all values pin it down.
+a hundred times slower than it counts. A sample brackets the answer; a few passes over all values pin it down. Where
+tiers make values dear to compare, passes go over codes of one byte, written two or three times, each time finer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -23,11 +24,13 @@ Tiers = Sequence[jax.Array | None]
 TOP = jnp.iinfo(jnp.uint32).max
 FIRST = 1  # the key of what goes before every score
 LAST = TOP  # the key of what goes after every score
+WRITTEN = 255  # the last code that is written to memory
+DEEP = 30  # bits of codes that are not
 LANES = 16  # sums of so many comparisons; XLA would write the comparisons of a plain sum to memory
 HALF = 1 << 15  # two sums that are less fit in one number
-INTERPOLATED = 6  # from so many passes on, ties or a strange distribution are at work, and bits are cut in thirds
+INTERPOLATED = 6  # from so many passes on, ties or a strange distribution are at work, and codes are cut in thirds
 STRIDES = (127, 509, 2039)  # one value in so many is sampled; primes, lest a sample see one column of a matrix
-SAMPLED = 1 << 16  # more values make a finer sample than any pass needs
+SAMPLED = 1 << 13  # more values make a finer sample than any pass needs
 LARGE = 1 << 16  # fewer values are not worth a sample
 PAGE = 4096
 COMPARED = 16  # in groups of so many each is compared with each, twenty times faster than sorting fours on a CPU
@@ -43,40 +46,42 @@ class Line:
     tier: jax.Array | None
     magnitude: bool = False
 
-    def part(self, positions: slice) -> Line:
-        """Those at some positions of the values laid end to end."""
-        tier = None if self.tier is None else jnp.ravel(self.tier)[positions]
-        return Line(jnp.ravel(self.values)[positions], tier, self.magnitude)
+    def at(self, places: Callable[[jax.Array], jax.Array]) -> Line:
+        """The values at some places."""
+        return Line(places(self.values), None if self.tier is None else places(self.tier), self.magnitude)
 
     def sample(self, stride: int) -> Line:
         """One in so many of the values laid end to end, picked where they lie: shards stay where they are."""
         places = jnp.unravel_index(jnp.arange(0, self.values.size, stride), self.values.shape)
-        tier = None if self.tier is None else self.tier.at[places].get(mode="promise_in_bounds")
-        return Line(self.values.at[places].get(mode="promise_in_bounds"), tier, self.magnitude)
+        return self.at(lambda a: a.at[places].get(mode="promise_in_bounds"))
 
     def page(self, start: jax.Array) -> Line:
         """The `PAGE` values from a position on."""
-        tier = None if self.tier is None else lax.dynamic_slice_in_dim(jnp.ravel(self.tier), start, PAGE)
-        return Line(lax.dynamic_slice_in_dim(jnp.ravel(self.values), start, PAGE), tier, self.magnitude)
+        return self.at(lambda a: lax.dynamic_slice_in_dim(jnp.ravel(a), start, PAGE))
+
+    def parts(self) -> list[Line]:
+        """The values as they are counted: in the leaf's own shape, so that shards stay where they are, or in pages."""
+        last, even = self.values.shape[-1], self.values.size - self.values.size % PAGE
+        if last % LANES == 0 and last < HALF:
+            return [self]
+        pages, rest = self.at(lambda a: jnp.ravel(a)[:even].reshape(-1, PAGE)), self.at(lambda a: jnp.ravel(a)[even:])
+        return [part for part in (pages, rest) if part.values.size]
 
 
 Lines = Sequence[Line]
 
 
-class Cut(NamedTuple):
-    """Where the k lowest end: keys below `key` are among them, and the first `ties` of those equal to it."""
-
-    key: jax.Array  # [] uint32
-    ties: jax.Array  # [] int32
-    whole: jax.Array  # [] bool: all those equal to the key are among them
-
-
-def _keys(line: Line) -> jax.Array:
+def _bits(line: Line) -> jax.Array:
     """Unsigned integers in the order of the values; 0.0 and -0.0 are equal, subnormals are not zero."""
     bits = lax.bitcast_convert_type(line.values.astype(jnp.float32), jnp.int32)
     bits = bits & 0x7FFFFFFF if line.magnitude else bits ^ ((bits >> 31) & 0x7FFFFFFF)
     bits = jnp.where(bits == -1, 0, bits)
-    keys = lax.bitcast_convert_type(bits, jnp.uint32) ^ jnp.uint32(1 << 31)
+    return lax.bitcast_convert_type(bits, jnp.uint32) ^ jnp.uint32(1 << 31)
+
+
+def _keys(line: Line) -> jax.Array:
+    """Unsigned integers in the order in which values go."""
+    keys = _bits(line)
     if line.tier is None:
         return keys
     keys = jnp.where(line.tier == 0, jnp.uint32(FIRST), keys)
@@ -130,7 +135,7 @@ def _joined(leaves: Leaves, tiers: Tiers) -> tuple[jax.Array, jax.Array]:
     room = (0, max(PAGE, 1 << (size - 1).bit_length()) - size)
     values = jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in leaves])
     known = jnp.concatenate([jnp.ravel(_tier(leaf, tier)) for leaf, tier in zip(leaves, tiers, strict=True)])
-    return jnp.pad(values, room, constant_values=jnp.inf), jnp.pad(known, room, constant_values=1)
+    return jnp.pad(values, room, constant_values=jnp.inf), jnp.pad(known, room, constant_values=2)  # True, in bools
 
 
 def _split(masks: Leaves, shapes: Sequence[tuple[int, ...]]) -> tuple[jax.Array, ...]:
@@ -148,27 +153,58 @@ def _parted(joined: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.
     return [joined[end - math.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes, strict=True)]
 
 
-def _both(low: jax.Array, high: jax.Array) -> jax.Array:
-    """How many of each are true, `[2]`; the last axis is lanes, shorter than `HALF`."""
-    hits = low.astype(jnp.int16) + jnp.where(high, jnp.int16(256), jnp.int16(0))  # two sums in one cost little more
-    lanes = jnp.sum(hits.reshape(*hits.shape[:-1], -1, LANES), axis=-1, dtype=jnp.int16).astype(jnp.int32)
-    rows = jnp.sum((lanes & 255) | ((lanes >> 8) << 16), axis=-1)
-    return jnp.stack([jnp.sum(rows & 0xFFFF), jnp.sum(rows >> 16)])
+class Frame(NamedTuple):
+    """Codes of keys: which of so many equal spans a key lies in; all below belong to the first, above to the last."""
+
+    base: jax.Array  # [] uint32: the lowest key
+    shift: jax.Array  # [] uint32: a span has 2**shift keys
+    width: jax.Array  # [] int32: of so many spans it is made
+
+    @classmethod
+    def of(cls, low: jax.Array, high: jax.Array, bits: int) -> Frame:
+        """The finest from `low` to `high` that has codes of so many bits."""
+        shift = 32 - bits - jnp.minimum(lax.clz(high - low), 32 - bits)
+        return cls(low, shift, ((high - low) >> shift).astype(jnp.int32))
+
+    def code(self, keys: jax.Array) -> jax.Array:
+        """Codes of keys, in eight bits."""
+        return jnp.minimum((jnp.maximum(keys, self.base) - self.base) >> self.shift, WRITTEN).astype(jnp.uint8)
+
+    def end(self, code: jax.Array) -> jax.Array:
+        """The last key of a code that is not the last."""
+        return self.base + jnp.minimum(((code.astype(jnp.uint32) + 1) << self.shift) - 1, jnp.uint32(TOP) - self.base)
 
 
-def _totals(line: Line, low: jax.Array, high: jax.Array) -> jax.Array:
-    """How many keys are at most `low`, and at most `high`, `[2]`."""
-    last, size = line.values.shape[-1], line.values.size
-    if last % LANES == 0 and last < HALF:
-        return _both(_at_most(line, low), _at_most(line, high))  # in the leaf's own shape: shards stay where they are
-    even = size - size % PAGE
-    pages, rest = line.part(slice(0, even)), line.part(slice(even, None))
-    counts = _both(*(_at_most(pages, key).reshape(-1, PAGE) for key in (low, high)))
-    return counts + jnp.stack([jnp.sum(_at_most(rest, key), dtype=jnp.int32) for key in (low, high)])
+def _parts(lines: Lines) -> list[Line]:
+    return [part for line in lines for part in line.parts()]
 
 
-def _counts(lines: Lines, low: jax.Array, high: jax.Array) -> jax.Array:
-    return sum((_totals(line, low, high) for line in lines), start=jnp.zeros(2, jnp.int32))
+def _codes(part: Line, frame: Frame) -> jax.Array:
+    codes = frame.code(_bits(part))
+    if part.tier is None:
+        return codes
+    codes = jnp.where(part.tier == 0, frame.code(jnp.uint32(FIRST)), codes)
+    return codes if part.tier.dtype == bool else jnp.where(part.tier == 2, frame.code(jnp.uint32(LAST)), codes)
+
+
+def _counts(lows: Leaves, highs: Leaves, *, written: bool) -> jax.Array:
+    """How many are true of some arrays and of as many others of the same shapes, `[2]`.
+
+    What was computed from codes in memory is summed across, which a CPU does with whole vectors; what is computed from
+    values, with more between two of them, along.
+    """
+
+    def both(low: jax.Array, high: jax.Array) -> jax.Array:
+        hits = low.astype(jnp.int16) + jnp.where(high, jnp.int16(256), jnp.int16(0))  # two in one cost little more
+        *lead, last = hits.shape
+        hits = jnp.pad(hits, [(0, 0)] * len(lead) + [(0, -last % LANES)])
+        across = max(8, math.gcd(32, hits.shape[-1] // LANES))
+        hits = hits.reshape(*lead, across, -1) if written else jnp.swapaxes(hits.reshape(*lead, -1, LANES), -1, -2)
+        lanes = jnp.sum(hits, axis=-2, dtype=jnp.int16).astype(jnp.int32)
+        sums = jnp.sum((lanes & 255) | ((lanes >> 8) << 16), axis=-1)
+        return jnp.stack([jnp.sum(sums & 0xFFFF), jnp.sum(sums >> 16)])
+
+    return sum(map(both, lows, highs), start=jnp.zeros(2, jnp.int32))
 
 
 def _bracket(lines: Lines, k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -177,70 +213,113 @@ def _bracket(lines: Lines, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     if size < LARGE:
         return jnp.uint32(0), jnp.uint32(TOP)
     stride = next((s for s in STRIDES if size <= s * SAMPLED), STRIDES[-1])
-    sample = jnp.concatenate([_keys(line.sample(stride)) for line in lines])
+    sample = jnp.sort(jnp.concatenate([_keys(line.sample(stride)) for line in lines]))
     share = k.astype(jnp.float32) / size
     margin = 3 * jnp.sqrt(sample.size * share * (1 - share)) + 3
     ranks = share * sample.size + jnp.stack([-margin, margin])
-    low, high = _bisect(jnp.pad(sample, (0, -sample.size % PAGE), constant_values=jnp.uint32(LAST)), ranks)
-    return low - 1, high
+    low, high = sample[jnp.clip(ranks.astype(jnp.int32), 0, sample.size - 1)]
+    return low - jnp.minimum(low, 1 + ((high - low) >> 7)), high  # what is below has a code of its own
 
 
-def _bisect(keys: jax.Array, ranks: jax.Array) -> jax.Array:
-    """The smallest keys that at least so many of a few keys do not exceed, for two ranks."""
+class Found(NamedTuple):
+    """Keys between which the k-th smallest lies, both included, and what is known of them."""
 
-    def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bracket
-        middle = low + (high - low) // 2
-        enough = _both(*((keys <= middle[i]).reshape(-1, PAGE) for i in range(2))) >= ranks
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
-
-    return lax.fori_loop(0, 32, halve, (jnp.zeros(2, jnp.uint32), jnp.full(2, TOP)))[1]
+    low: jax.Array  # [] uint32
+    high: jax.Array  # [] uint32
+    before: jax.Array  # [] int32: keys below `low`
+    within: jax.Array  # [] int32: keys up to `high`
 
 
-def _cut(lines: Lines, k: jax.Array) -> Cut:
-    size = sum(line.values.size for line in lines)
-    bracket = _bracket(lines, k)
+def _cut(lines: Lines, k: jax.Array) -> Found:
+    sizes = [line.values.size for line in lines]
+    tiered = sum(size for size, line in zip(sizes, lines, strict=True) if line.tier is not None)
+    written = 2 * tiered > sum(sizes)  # values under tiers take twice as long to compare, and longer than their codes
+    bits = WRITTEN.bit_length() if written else DEEP
+    low, high = _bracket(lines, k)
+    bracket, last = Frame.of(low, high, bits), (1 << bits) - 1
+
+    def unsettled(state: tuple[jax.Array, Found]) -> jax.Array:
+        found = state[1]
+        return (found.high > found.low) & (found.within != k)
+
+    def narrow(state: tuple[jax.Array, Found]) -> tuple[jax.Array, Found]:
+        first, found = state
+        frame: Frame = jax.tree.map(partial(jnp.where, first), bracket, Frame.of(found.low, found.high, bits))
+        if written:
+            held, frame = lax.optimization_barrier((lines, frame))  # else the loop copies all bits in front
+            codes = [_codes(part, frame) for part in _parts(held)]
+
+        def count(low: jax.Array, high: jax.Array) -> jax.Array:
+            if written:
+                return _counts(
+                    *([part <= code.astype(jnp.uint8) for part in codes] for code in (low, high)), written=True
+                )
+            held, *ends = lax.optimization_barrier((lines, frame.end(low), frame.end(high)))
+            return _counts(*([_at_most(part, end) for part in _parts(held)] for end in ends), written=False)
+
+        code, before, within = _search(count, k, found, jnp.where(first, frame.width, 0), last)
+        low = jnp.where(code == 0, found.low, frame.end(code - 1) + 1)
+        high = jnp.where(code == last, found.high, jnp.minimum(frame.end(code), found.high))
+        return jnp.zeros((), bool), Found(low, high, before, within)
+
+    start = Found(jnp.uint32(0), jnp.uint32(TOP), jnp.int32(0), jnp.int32(sum(sizes)))
+    return lax.while_loop(unsettled, narrow, (jnp.ones((), bool), start))[1]
+
+
+def _search(
+    count: Callable[[jax.Array, jax.Array], jax.Array], k: jax.Array, found: Found, width: jax.Array, last: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The lowest code up to which at least k lie; how many lie below it; how many up to it.
+
+    `width` is the number of codes between which the k-th should be, three deviations to each side of their middle; 0 if
+    it lies between all codes for sure.
+    """
 
     def unsettled(state: tuple) -> jax.Array:
         low, high, _, at_high, _ = state
         return (high - low > 1) & (at_high != k)
 
-    def aim(low: jax.Array, high: jax.Array, at_low: jax.Array, at_high: jax.Array) -> list[jax.Array]:
-        """Keys half a deviation to each side of where the k-th should be, if those between spread evenly."""
+    def aim(low: jax.Array, high: jax.Array, at_low: jax.Array, at_high: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Codes half a deviation to each side of where the k-th should be, if those between spread evenly."""
         between = jnp.maximum(at_high - at_low, 1).astype(jnp.float32)
         wanted = (k - at_low).astype(jnp.float32)
         half = jnp.sqrt(wanted * (1 - wanted / between)) / 2  # nearer or further takes more passes
-        shares = jnp.clip(jnp.stack([wanted - half, wanted + half]) / between, 0, 1)
-        return list(low + (shares * (high - low).astype(jnp.float32)).astype(jnp.uint32))
+        shares = jnp.clip(jnp.stack([wanted - half, wanted + half]) / between, 0, 1) * (high - low).astype(jnp.float32)
+        return low + jnp.ceil(shares[0]).astype(jnp.int32) - 1, low + jnp.ceil(shares[1]).astype(jnp.int32)
 
     def narrow(state: tuple) -> tuple:
         low, high, at_low, at_high, turn = state
         third = (high - low) // 3
-        ways = zip(bracket, aim(low, high, at_low, at_high), (low + third, high - third), strict=True)
-        keys = [
-            jnp.clip(jnp.select([turn == 0, turn < INTERPOLATED], way[:2], way[2]), low + 1, high - 1) for way in ways
-        ]
-        held, *keys = lax.optimization_barrier((lines, *keys))  # else the loop copies all bits in front
-        for key, found in zip(keys, _counts(held, *keys), strict=True):
+        missed = (turn == 1) & ((low < 0) | (high == last))
+        cases = [(width > 0) & (turn == 0), (width > 0) & missed, turn < INTERPOLATED]
+        ways = zip(
+            (width // 3, width - width // 3),
+            (jnp.int32(0), jnp.minimum(width, last - 1)),
+            aim(low, high, at_low, at_high),
+            (low + third, high - third),
+            strict=True,
+        )
+        tried = [jnp.clip(jnp.select(cases, way[:3], way[3]), low + 1, high - 1) for way in ways]
+        for code, found in zip(tried, count(*tried), strict=True):
             enough = found >= k
-            lower, raised = enough & (key < high), ~enough & (key > low)
-            low, at_low = jnp.where(raised, key, low), jnp.where(raised, found, at_low)
-            high, at_high = jnp.where(lower, key, high), jnp.where(lower, found, at_high)
+            lower, raised = enough & (code < high), ~enough & (code > low)
+            low, at_low = jnp.where(raised, code, low), jnp.where(raised, found, at_low)
+            high, at_high = jnp.where(lower, code, high), jnp.where(lower, found, at_high)
         return low, high, at_low, at_high, turn + 1
 
-    start = (jnp.uint32(0), jnp.uint32(TOP), jnp.int32(0), jnp.int32(size), jnp.int32(0))
-    _, key, at_low, at_high, _ = lax.while_loop(unsettled, narrow, start)
-    return Cut(key, k - at_low, at_high == k)
+    start = (jnp.int32(-1), jnp.int32(last), found.before, found.within, jnp.int32(0))
+    _, code, before, within, _ = lax.while_loop(unsettled, narrow, start)
+    return code, before, within
 
 
 def _end_of_ties(line: Line, key: jax.Array, ties: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The position before which the first `ties` keys equal to `key` lie, and how many are to come after the end."""
     size = line.values.size
     even = size - size % PAGE
-    tied = _keys(line.part(slice(0, even))) == key
+    tied = _keys(line.at(lambda a: jnp.ravel(a)[:even])) == key
     lanes = jnp.sum(tied.astype(jnp.int8).reshape(-1, LANES), axis=1, dtype=jnp.int8)
     pages = jnp.sum(lanes.reshape(-1, PAGE // LANES), axis=1, dtype=jnp.int32)
-    rest = jnp.sum(_keys(line.part(slice(even, None))) == key, dtype=jnp.int32)
+    rest = jnp.sum(_keys(line.at(lambda a: jnp.ravel(a)[even:])) == key, dtype=jnp.int32)
     ends = jnp.cumsum(jnp.append(pages, rest))
     quota = jnp.minimum(ties, ends[-1])
     page = jnp.sum(ends < quota, dtype=jnp.int32)
@@ -276,16 +355,16 @@ def all_but_lowest(
 
 @jax.jit
 def _all_but_lowest(lines: Lines, k: jax.Array) -> list[jax.Array]:
-    cut = _cut(lines, k)
+    found = _cut(lines, k)
 
     def parted() -> list[jax.Array]:
-        masks, ties = [], cut.ties
+        masks, ties = [], k - found.before
         for line in lines:
-            end, ties = _end_of_ties(line, cut.key, ties)
-            masks.append(~_at_most(line, jnp.where(_places(line) < end, cut.key, cut.key - 1)))
+            end, ties = _end_of_ties(line, found.high, ties)
+            masks.append(~_at_most(line, jnp.where(_places(line) < end, found.high, found.high - 1)))
         return masks
 
-    return lax.cond(cut.whole, lambda: [~_at_most(line, cut.key) for line in lines], parted)
+    return lax.cond(found.within == k, lambda: [~_at_most(line, found.high) for line in lines], parted)
 
 
 def _places(line: Line) -> jax.Array:
@@ -339,13 +418,17 @@ def kth_smallest(leaves: Leaves, tiers: Tiers, k: jax.Array | int) -> jax.Array:
 
 @jax.jit
 def _kth_smallest(lines: Lines, k: jax.Array) -> jax.Array:
-    first = jnp.uint32(FIRST)
-    key = _cut(lines, k + _counts(lines, first, first)[0]).key
+    high = _cut(lines, k + _below(lines, jnp.uint32(FIRST + 1))).high
     found = jnp.uint32(0)
     for keys in map(_keys, lines):
-        found = jnp.maximum(found, jnp.max(jnp.where(keys <= key, keys, 0), initial=0))
+        found = jnp.maximum(found, jnp.max(jnp.where(keys <= high, keys, 0), initial=0))
     bits = lax.bitcast_convert_type(found ^ jnp.uint32(1 << 31), jnp.int32)
     return lax.bitcast_convert_type(bits ^ ((bits >> 31) & 0x7FFFFFFF), jnp.float32)
+
+
+def _below(lines: Lines, key: jax.Array) -> jax.Array:
+    below = [_at_most(part, key - 1) for part in _parts(lines)]
+    return _counts(below, below, written=False)[0]
 
 
 def count_below(leaves: Leaves, tiers: Tiers, value: jax.Array | float) -> jax.Array:
@@ -355,8 +438,7 @@ def count_below(leaves: Leaves, tiers: Tiers, value: jax.Array | float) -> jax.A
 
 @jax.jit
 def _count_below(lines: Lines, value: jax.Array) -> jax.Array:
-    key = _keys(Line(value, None)) - 1
-    return _counts(lines, key, key)[0]
+    return _below(lines, _keys(Line(value, None)))
 
 
 @jax.jit

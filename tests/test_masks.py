@@ -43,7 +43,14 @@ KINDS = {
     "tied": lambda rng, n: rng.integers(-3, 4, n) / 2,
     "subnormal": lambda rng, n: rng.integers(-4, 5, n) * 1.4e-45,
     "huge": lambda rng, n: rng.standard_normal(n) * 1e38,
+    "few sampled": lambda rng, n: np.where(sampled(n), -1.0, 1.0) * rng.random(n),
 }
+
+
+def sampled(n):
+    """Where the sample that brackets the answer may look, in both leaves."""
+    i = np.arange(n)
+    return (i % 127 == 0) | ((i - n // 2 // 4 * 4) % 127 == 0)
 
 
 @pytest.mark.parametrize("size", [40, 70_003, 600_001], ids=["small", "sampled", "large"])
@@ -55,6 +62,16 @@ def test_the_k_lowest_go_as_in_a_stable_argsort(kind, size):
     for k in (0, 1, size // 2, round(0.9 * size), size - 1, size):
         found = all_but_lowest([jnp.asarray(leaf) for leaf in leaves], [None, None], k)
         np.testing.assert_array_equal(flat(found), survivors(leaves, k), err_msg=f"k = {k}")
+
+
+@pytest.mark.parametrize("size", [50, 300_001], ids=["small", "large"])
+def test_what_stays_whatever_its_score_goes_last_and_in_order(size):
+    rng = np.random.default_rng(0)
+    values, tier = rng.standard_normal(size).astype(np.float32), rng.integers(0, 3, size).astype(np.int8)
+    order = np.where(tier == 0, -np.inf, np.where(tier == 2, np.inf, values))
+    for k in (0, size // 2, round(0.9 * size), size - 1, size):
+        (found,) = all_but_lowest([jnp.asarray(values)], [jnp.asarray(tier)], k)
+        np.testing.assert_array_equal(flat(found), survivors([order], k), err_msg=f"k = {k}")
 
 
 @settings(max_examples=60, deadline=None)
