@@ -83,8 +83,8 @@ def sparse_evolution(
     """Sparse evolutionary training: of the n_l living weights of layer l, floor(drop n_l) move to random places.
 
     At steps t = every, 2 every, ... < end (from 0): the least |w| die; among all that is then dead, as many grow as are
-    drawn. With `falling`, floor(drop/2 (1 + cos(pi t/end)) n_l) move, as in Evci et al. 2020, arXiv:1911.11134: the last
-    to have grown have had the least time to be of use, and are then few.
+    drawn. With `falling`, floor(drop/2 (1 + cos(pi t/end)) n_l) move, as in Evci et al. 2020, arXiv:1911.11134: those
+    grown last have had the least time to be of use, and are then few.
 
     Deviations from the paper: what grows starts at zero, not at random, and moves from the next step on; the least
     positive and the least negative weights are one set; a step may stand for an epoch.
