@@ -126,7 +126,7 @@ def _drawn(seed: int) -> tuple[Any, ...]:
 
 def _accuracy(params: Any, test: tuple[Any, Any]) -> float:
     x, y = test
-    return 100 * float(jnp.mean(jnp.argmax(_apply(params, x), axis=-1) == y))
+    return 100 * int(jnp.sum(jnp.argmax(_apply(params, x), axis=-1) == y)) / TESTED
 
 
 def _trained(method: Keyed, sparsity: float, drawn: list[tuple[Any, ...]]) -> list[float]:
@@ -218,11 +218,11 @@ def measure() -> dict[str, Figure]:
             ours, beside = np.array(_trained(method, sparsity, drawn)), pairs[name, sparsity]
             theirs, spread = JAXPRUNER[name][i]
             row = f"{name}, {sparsity:g}: {_told(ours)}"
-            below = (theirs - np.mean(ours)) / np.hypot(_error(ours), spread / np.sqrt(THEIR_SEEDS))
+            below = float((theirs - np.mean(ours)) / np.hypot(_error(ours), spread / np.sqrt(THEIR_SEEDS)))
             told = f"{row}, published {theirs:.2f} ± {spread:.2f} %"
             found[f"{told}; below, in standard errors"] = Figure(below, below, below)
             less = beside - ours
-            below = np.mean(less) / (_error(less) or 1)  # all alike: 0
+            below = float(np.mean(less) / (_error(less) or 1))  # all alike: 0
             told = f"{row}, same seeds {_told(beside)}, below by {np.mean(less):.2f} ± {_error(less):.2f}"
             found[f"{told}; in standard errors"] = Figure(below, below, below)
             if name in BY_HAND:
