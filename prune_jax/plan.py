@@ -45,7 +45,8 @@ VERSIONS = {
     "gate": 1,
     "snapshot": 1,
 }
-METHODS = {"static": 2, "set": 2, "rigl": 2}  # of training methods that answer otherwise than at first
+# Of training methods that answer otherwise than at first; some do in one scope only.
+METHODS = {"static": 2, "set": 2, "rigl": 2, "gradual, erk": 2, "movement, erk": 2}
 KEY_LENGTH = 20
 
 
@@ -60,9 +61,10 @@ class Plan:
 
 def key_of(kind: str, **content: Any) -> str:
     """The key of a stage: a digest of all that decides its result."""
-    method = content.get("settings", {}).get("sparsify", {}).get("kind")
-    if method in METHODS:
-        content["method"] = METHODS[method]
+    sparsify = content.get("settings", {}).get("sparsify", {})
+    for method in (sparsify.get("kind"), f"{sparsify.get('kind')}, {sparsify.get('scope')}"):
+        if method in METHODS:
+            content["method"] = METHODS[method]
     return digest({"kind": kind, "version": VERSIONS[kind], **content})[:KEY_LENGTH]
 
 

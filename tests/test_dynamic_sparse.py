@@ -95,6 +95,16 @@ def test_set_keeps_the_density_and_drops_the_least(name):
     assert (masks[1]["hidden/kernel"] != masks[2]["hidden/kernel"]).any()
 
 
+def test_the_share_that_moves_may_fall():
+    tx = pj.sparse_evolution(optax.adam(1e-2), sparsity=0.2, key=KEY, every=2, end=9, drop=0.9, falling=True)
+    masks = [masks_of(state) for _, state in trajectory(tx, 9)]
+    for t, (old, new) in enumerate(pairwise(masks), 1):
+        for path, mask in new.items():
+            most = int(0.9 / 2 * (1 + np.cos(np.pi * t / 9)) * mask.sum()) if t % 2 == 0 else 0
+            assert (old[path] & ~mask).sum() <= most
+    assert (masks[1]["hidden/kernel"] != masks[2]["hidden/kernel"]).any()
+
+
 def test_static_is_masked():
     tx = pj.static(optax.adamw(1e-2), sparsity=0.6, key=KEY, scope="layer")
     found = trajectory(tx, 3)

@@ -12,6 +12,7 @@ import prune_jax as pj
 from prune_jax.allocation import allocate
 from prune_jax.errors import UserMistake
 from prune_jax.schedules import Levels, cubic
+from prune_jax.sparse_training.changing import table
 from prune_jax.trees import leaves_by_path
 from tests.compiling import compilations
 from tests.sparse_steps import (
@@ -59,15 +60,34 @@ def test_it_is_the_training_by_hand(name):
             assert not np.any(np.asarray(mask) & ~np.asarray(leaves_by_path(before.masks)[path]))  # dead stays dead
 
 
-@pytest.mark.parametrize("scope", mostly_slow(["layer", "erk"], "erk"))
-def test_every_scope_has_exactly_so_many(scope):
-    found = trajectory(pj.gradual(optax.adam(1e-2), schedule=RAMP, scope=scope), 8)
-    leaves = {path: w for path, w in leaves_by_path(network()).items() if w.ndim == 2}
+@pytest.mark.slow
+def test_every_layer_has_exactly_so_many():
+    found = trajectory(pj.gradual(optax.adam(1e-2), schedule=RAMP, scope="layer"), 8)
     for t, (_, state) in enumerate(found):
-        pools = allocate(leaves, scope=scope, sparsity=wanted(t))
-        assert living(state) == {pool.paths[0]: SIZES[pool.paths[0]] - pool.prune for pool in pools}
-    if scope == "layer":
-        assert living(found[-1][1]) == {"hidden/kernel": 8, "out/kernel": 24 - round(0.8 * 24)}
+        assert living(state) == {path: size - round(wanted(t) * size) for path, size in SIZES.items()}
+    assert living(found[-1][1]) == {"hidden/kernel": 8, "out/kernel": 24 - round(0.8 * 24)}
+
+
+def test_by_erk_each_layer_follows_the_schedule_between_its_own_ends():
+    found = trajectory(pj.gradual(optax.adam(1e-2), schedule=RAMP, scope="erk"), 8)
+    leaves = {path: w for path, w in leaves_by_path(network()).items() if w.ndim == 2}
+    first, last = ([pool.prune for pool in allocate(leaves, scope="erk", sparsity=s)] for s in (0.1, 0.8))
+    for t, (_, state) in enumerate(found[1:], 1):
+        share = (wanted(t) - 0.1) / (0.8 - 0.1)
+        dead = [round(a + share * (b - a)) for a, b in zip(first, last, strict=True)]
+        assert living(state) == {path: size - n for (path, size), n in zip(SIZES.items(), dead, strict=True)}
+
+
+def test_by_erk_no_layer_dies_late_and_fast():
+    shapes = {"a": (64, 128), "b": (128, 64), "c": (64, 10)}
+    levels = cubic(0.0, 0.98, begin=0, end=30)
+    prune = table({path: np.ones(shape, bool) for path, shape in shapes.items()}, levels, "erk").prune
+    eps = 0.02 * 17024 / (192 + 192 + 74)  # so that the densities eps (n + m) / (n m) leave 2 % of all weights
+    for (n, m), dead in zip(shapes.values(), prune.T, strict=True):
+        last = 1 - eps * (n + m) / (n * m)
+        by_the_paper = [n * m * last * (1 - (1 - t / 30) ** 3) for t in levels.steps]
+        np.testing.assert_allclose(dead, by_the_paper, atol=1.5)  # whole numbers, of whole numbers
+    assert prune[-1].sum() == round(0.98 * 17024)
 
 
 @pytest.mark.parametrize(

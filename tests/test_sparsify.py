@@ -260,6 +260,18 @@ def test_it_is_in_the_key_where_it_differs_from_the_defaults():
     assert len({plain, key({"kind": "rigl"}), key({"kind": "set"}), key({"kind": "rigl", "sparsity": 0.8})}) == 4
 
 
+def test_keys_change_only_where_a_method_answers_otherwise(monkeypatch):
+    def key(scope):
+        return keys(recipe(train={"kind": "train", "epochs": 2, "sparsify": {"kind": "gradual", "scope": scope}}))[
+            "train"
+        ]
+
+    layer, erk = key("layer"), key("erk")
+    monkeypatch.setattr("prune_jax.plan.METHODS", {})
+    assert key("layer") == layer
+    assert key("erk") != erk
+
+
 def test_a_collapsed_layer_is_named(store):
     """Nothing is left of the output layer, whose weights are much smaller."""
     stages = {"train": {**TRAIN, "sparsify": {"kind": "proximal_l1", "l1": 1e4}}}

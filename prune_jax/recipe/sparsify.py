@@ -88,6 +88,7 @@ class Set(Frozen):
     every: Every = 100
     end: Share = 0.75
     drop: Drop = 0.3
+    falling: bool = Field(default=False, description="whether the share that moves falls to 0 at `end`, as in rigl")
     scope: Density = "erk"
     exclude: Exclude = ()
     spare: Spare = ()

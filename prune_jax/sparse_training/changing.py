@@ -83,9 +83,12 @@ def table(masks: PyTree, levels: Levels, scope: str, min_keep: int = 0) -> Table
 @functools.lru_cache(maxsize=64)
 def _table(shapes: tuple[tuple[str, tuple[int, ...]], ...], levels: Levels, scope: str, min_keep: int) -> Table:
     leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes}
-    rows = [allocate(leaves, scope=scope, sparsity=s, min_keep=min_keep) for s in levels.sparsities]
-    prune = np.array([[pool.prune for pool in row] for row in rows], np.int32)
-    return Table(np.array(levels.steps, np.int32), tuple(pool.paths for pool in rows[0]), prune)
+    known = sorted({min(levels.sparsities), max(levels.sparsities)}) if scope == "erk" else levels.sparsities
+    rows = [allocate(leaves, scope=scope, sparsity=s, min_keep=min_keep) for s in known]
+    prune = np.array([[pool.prune for pool in row] for row in rows], float)
+    if scope == "erk":  # each layer goes the schedule's way between its own ends
+        prune = np.stack([np.rint(np.interp(levels.sparsities, known, layer)) for layer in prune.T], axis=1)
+    return Table(np.array(levels.steps, np.int32), tuple(pool.paths for pool in rows[0]), prune.astype(np.int32))
 
 
 def dense_masks(params: PyTree, prunable: Iterable[str] | None, exclude: Iterable[str]) -> PyTree:

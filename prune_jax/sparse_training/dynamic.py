@@ -75,6 +75,7 @@ def sparse_evolution(
     end: int,
     key: jax.Array,
     drop: float = 0.3,
+    falling: bool = False,
     scope: str = "erk",
     prunable: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
@@ -82,7 +83,8 @@ def sparse_evolution(
     """Sparse evolutionary training: of the n_l living weights of layer l, floor(drop n_l) move to random places.
 
     At steps t = every, 2 every, ... < end (from 0): the least |w| die; among all that is then dead, as many grow as are
-    drawn.
+    drawn. With `falling`, floor(drop/2 (1 + cos(pi t/end)) n_l) move, as in Evci et al. 2020, arXiv:1911.11134: those
+    grown last have had the least time to be of use, and are then few.
 
     Deviations from the paper: what grows starts at zero, not at random, and moves from the next step on; the least
     positive and the least negative weights are one set; a step may stand for an epoch.
@@ -94,6 +96,7 @@ def sparse_evolution(
         end: from this step on masks stay.
         key: a PRNG key.
         drop: the share of the living that moves, in (0, 1).
+        falling: whether the share falls from `drop` to 0 at `end`; else it stays.
         scope: the layers' densities: `erk`, or `layer` for the same in each.
         prunable: patterns of the leaves that may be pruned; left out, floating leaves of two axes or more.
         exclude: patterns of leaves that stay dense.
@@ -101,7 +104,7 @@ def sparse_evolution(
     Returns:
         A transformation whose state is a `SparseState`; it stands outermost in a chain.
     """
-    shares = _shares(every, end, drop, lambda t: drop)
+    shares = _shares(every, end, drop, falling)
 
     return changing(
         inner,
@@ -151,7 +154,7 @@ def rigl(
     Returns:
         A transformation whose state is a `SparseState`; it stands outermost in a chain.
     """
-    shares = _shares(every, end, drop, lambda t: drop / 2 * (1 + math.cos(math.pi * t / end)))
+    shares = _shares(every, end, drop, falling=True)
     return changing(
         inner,
         start=_random_start(sparsity, scope, key, prunable, exclude),
@@ -171,12 +174,12 @@ def _drawn(key: Any, shape: tuple[int, ...]) -> jax.Array:
 Shares = dict[int, float]  # which share of the living moves at which step
 
 
-def _shares(every: int, end: int, drop: float, share: Callable[[int], float]) -> Shares:
+def _shares(every: int, end: int, drop: float, falling: bool) -> Shares:
     if every < 1 or end <= every:
         raise UserMistake(f"every = {every}, end = {end}: every must be at least 1, and end after it, or nothing moves")
     if not 0 < drop < 1:
         raise UserMistake(f"drop = {drop}: must be above 0 and below 1")
-    return {t: share(t) for t in range(every, end, every)}
+    return {t: drop / 2 * (1 + math.cos(math.pi * t / end)) if falling else drop for t in range(every, end, every)}
 
 
 def _due(shares: Shares) -> Callable[[PyTree, jax.Array], jax.Array]:

@@ -43,7 +43,9 @@ def gradual(
     """Prunes by and by, inside the training step, until the schedule's last sparsity is reached.
 
     At each step t of the schedule, masks = choose(score(w, g), s(t)): exactly so many are dead in every scope. Between
-    those steps, and after the last, masks stay. Before the first all is dense.
+    those steps, and after the last, masks stay. Before the first all is dense. In scope `erk` each layer goes the
+    schedule's way from its own first sparsity to its own last, as in the paper, rounded; shared out anew at each step,
+    small layers would die late and fast.
 
     Deviations from the paper: scores may compete across layers (there, each layer has the sparsity); what is dead stays
     dead whatever its score.

@@ -48,7 +48,7 @@ BOUNDS: dict[str, dict[str, float | None]] = {
         "*": 1.1,
     },
     "selection": {"* / read": 10, "*": None},
-    "digits": {"*": 1},
+    "digits": {"*published*": None, "*same seeds*": 2, "*": 1},
     "layers": {
         "*sweep / product of its FLOPs": 3.4,
         "wanda*: scores / forward pass": 1.5,
