@@ -284,6 +284,7 @@ def test_recurrent_models_are_counted_for_every_step(args):
     assert found["notes"] == []
 
 
+@pytest.mark.usefixtures("optimized")
 def test_peak_memory_is_what_goes_in_and_out_and_stands_between():
     def apply(params, state, inputs, *, train, key):
         return jnp.tanh(inputs[0] @ params["w"]) @ params["w"].T, state
