@@ -36,6 +36,7 @@ BOUNDS: dict[str, dict[str, float | None]] = {
     "masked_step": {
         "*dense step / dense step": None,
         "*gradual step that changes masks*": 2,
+        "*rigl step that changes masks*": 2,
         "* that changes masks*": None,
         "*gradual scratch*": 0.3,
         "*scratch*": None,
