@@ -60,7 +60,6 @@ def test_it_is_the_training_by_hand(name):
             assert not np.any(np.asarray(mask) & ~np.asarray(leaves_by_path(before.masks)[path]))  # dead stays dead
 
 
-@pytest.mark.slow
 def test_every_layer_has_exactly_so_many():
     found = trajectory(pj.gradual(optax.adam(1e-2), schedule=RAMP, scope="layer"), 8)
     for t, (_, state) in enumerate(found):

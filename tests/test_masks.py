@@ -1,4 +1,5 @@
 import itertools
+import math
 from functools import partial
 
 import jax
@@ -64,12 +65,14 @@ def test_the_k_lowest_go_as_in_a_stable_argsort(kind, size):
         np.testing.assert_array_equal(flat(found), survivors(leaves, k), err_msg=f"k = {k}")
 
 
-@pytest.mark.parametrize("size", [50, 300_001], ids=["small", "large"])
-def test_what_stays_whatever_its_score_goes_last_and_in_order(size):
-    rng = np.random.default_rng(0)
-    values, tier = rng.standard_normal(size).astype(np.float32), rng.integers(0, 3, size).astype(np.int8)
+@pytest.mark.parametrize("kind", ["normal", "zeros", "tied", "few sampled"])
+@pytest.mark.parametrize("shape", [(50,), (300_001,), (512, 1024)], ids=["small", "in pages", "in its own shape"])
+def test_what_stays_whatever_its_score_goes_last_and_in_order(shape, kind):
+    rng, size = np.random.default_rng(0), math.prod(shape)
+    values = KINDS[kind](rng, size).astype(np.float32).reshape(shape)
+    tier = rng.integers(0, 3, shape).astype(np.int8)
     order = np.where(tier == 0, -np.inf, np.where(tier == 2, np.inf, values))
-    for k in (0, size // 2, round(0.9 * size), size - 1, size):
+    for k in (0, size // 2, round(0.6 * size), round(0.9 * size), size - 1, size):
         (found,) = all_but_lowest([jnp.asarray(values)], [jnp.asarray(tier)], k)
         np.testing.assert_array_equal(flat(found), survivors([order], k), err_msg=f"k = {k}")
 

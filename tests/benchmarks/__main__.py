@@ -49,7 +49,7 @@ BOUNDS: dict[str, dict[str, float | None]] = {
         "*": 1.1,
     },
     "selection": {"* / read": 10, "*": None},
-    "digits": {"*published*": None, "*same seeds*": 2, "*": 1},
+    "digits": {"*": 1},
     "layers": {
         "*sweep / product of its FLOPs": 3.4,
         "wanda*: scores / forward pass": 1.5,
