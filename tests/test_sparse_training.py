@@ -7,6 +7,7 @@ import pytest
 from prune_jax.errors import UserMistake
 from prune_jax.masks import apply_masks
 from prune_jax.sparse_training import MaskedState, masked
+from prune_jax.sparse_training.bits import in_bits
 from tests.compiling import compilations
 
 LABELS = {"hidden": {"kernel": "a", "bias": "b"}, "out": {"kernel": "b"}}
@@ -146,3 +147,37 @@ def test_it_asks_for_the_weights(params, masks):
     tx = masked(optax.sgd(0.1), masks)
     with pytest.raises(UserMistake, match=r"masked needs the weights: call update\(gradients, state, params\)"):
         tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize(
+    "shape", [(256, 300), (300, 260), (3, 3, 64, 128), (65_536,), (8, 16)], ids=lambda s: "x".join(map(str, s))
+)
+def test_masks_by_way_of_bits_are_the_same(shape):
+    mask = jax.random.bernoulli(jax.random.key(0), 0.3, shape)
+    np.testing.assert_array_equal(jax.jit(in_bits)({"w": mask})["w"], mask)
+
+
+def test_large_masks_are_read_as_bits_on_processors():
+    mask = jnp.ones((256, 300), bool)
+    assert "ui8" in jax.jit(in_bits).lower(mask).as_text()
+    assert "ui8" not in jax.jit(in_bits).trace(mask).lower(lowering_platforms=("cuda",)).as_text()
+    assert "ui8" not in jax.jit(in_bits).lower(jnp.ones((300, 260), bool)).as_text()  # rows do not come in eights
+
+
+def test_large_layers_train_alike_with_masks_as_bits_and_bytes(monkeypatch):
+    w, g = jax.random.normal(jax.random.key(1), (2, 512, 160))
+    mask = jnp.abs(w) > 1.5
+
+    def trained():
+        tx = masked(optax.adam(1e-2), {"w": mask})
+        params, state = {"w": w}, tx.init({"w": w})
+        for _ in range(3):
+            updates, state = jax.jit(lambda *now: tx.update({"w": g}, *now))(state, params)
+            params = optax.apply_updates(params, updates)
+        return params["w"], state.inner[0].mu["w"], state.inner[0].nu["w"]
+
+    found = trained()
+    monkeypatch.setattr("prune_jax.sparse_training.bits.SMALL", 1 << 30)
+    for a, b in zip(found, trained(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+        assert np.array_equal(np.asarray(a) != 0, np.asarray(mask))

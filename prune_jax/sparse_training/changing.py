@@ -21,6 +21,7 @@ from prune_jax.errors import UserMistake, did_you_mean
 from prune_jax.masks import apply_masks, masks_of
 from prune_jax.schedules import Levels
 from prune_jax.scoring import prunable_paths
+from prune_jax.sparse_training.bits import in_bits
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path, path_name, select
 
 SCOPES = ("global", "layer", "erk")
@@ -139,7 +140,7 @@ def changing(
         params = needed(params)
         due_now = due(state.masks, state.step)
         masks, updates = change(Now(state.step, due_now, state.masks, params, updates, step_key(key, state)))
-        alive = masks_of(params, masks)
+        alive = in_bits(masks_of(params, masks))
         moments = masked_state(state.inner, params, alive)
         steps, moved = inner.update(apply_masks(updates, alive), moments, apply_masks(params, alive), **extra)
 

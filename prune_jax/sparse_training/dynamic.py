@@ -222,8 +222,7 @@ def _move(
         living = [sizes[pool.paths[0]] - pool.prune for pool in pools]
         place = {pool.paths[0]: i for i, pool in enumerate(pools)}
         moves = np.array([[math.floor(share * n) for n in living] for share in shares.values()], np.int32)
-        row = jnp.argmax(np.array(list(shares), np.int32) == now.step)
-        number = jnp.asarray(moves)[row]  # [leaves]
+        steps = np.array(list(shares), np.int32)
         weights, gradients = leaves_by_path(now.params), leaves_by_path(now.gradients)
 
         def moved(path: str, mask: jax.Array) -> Changed:
@@ -233,7 +232,8 @@ def _move(
             def turn(changed: Changed) -> Changed:
                 alive, g = changed
                 dead = pools[i].prune
-                (left,) = all_but_lowest([weights[path]], [alive], dead + number[i], magnitude=True)
+                number = jnp.asarray(moves[:, i])[jnp.argmax(steps == now.step)]
+                (left,) = all_but_lowest([weights[path]], [alive], dead + number, magnitude=True)
                 tier = jnp.where(left, jnp.int8(2), jnp.int8(1))  # what is left stays
                 (lives,) = all_but_lowest([wish(g, key)], [tier], dead, magnitude=True)
                 return lives, grown(lives, alive, g)

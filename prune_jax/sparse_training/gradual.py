@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from prune_jax.criteria import CRITERIA, Criterion, find
 from prune_jax.errors import UserMistake
@@ -90,14 +91,17 @@ def gradual(
         return entry.function(weights, stats, **drawn, **given)
 
     def change(now: Now) -> Changed:
-        pools = table(now.masks, schedule, scope, min_keep).pools(now.step)
+        rows = table(now.masks, schedule, scope, min_keep)
         sizes = entry is CRITERIA["magnitude"]  # never written to memory
 
         def turn(masks: PyTree) -> PyTree:
+            pools = rows.pools(now.step)
             found = of_masked(now.params, masks) if sizes else scores(now)
             return choose(found, pools, alive=masks, min_keep=min_keep, magnitude=sizes)
 
-        return once(now.due, turn, now.masks), now.gradients
+        return lax.cond(
+            now.due, turn, lambda masks: masks, now.masks
+        ), now.gradients  # in place, for what died stays dead
 
     return changing(
         inner,
@@ -149,10 +153,11 @@ def ac_dc(
     levels = alternating(sparsity, begin=begin, end=end, every=every)
 
     def change(now: Now) -> Changed:
-        pools = table(now.masks, levels, scope, min_keep).pools(now.step)
+        rows = table(now.masks, levels, scope, min_keep)
 
         def turn(changed: Changed) -> Changed:
             before, gradients = changed
+            pools = rows.pools(now.step)
             masks = choose(of_masked(now.params, before), pools, min_keep=min_keep, magnitude=True)
             return masks, grown(masks, before, gradients)
 

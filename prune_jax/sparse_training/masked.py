@@ -13,6 +13,7 @@ import optax
 
 from prune_jax.errors import UserMistake
 from prune_jax.masks import apply_masks, masks_of
+from prune_jax.sparse_training.bits import in_bits
 from prune_jax.trees import PyTree, map_by_path
 
 
@@ -52,10 +53,8 @@ def masked(inner: optax.GradientTransformation, masks: PyTree) -> optax.Gradient
     ) -> tuple[PyTree, MaskedState]:
         if params is None:
             raise UserMistake("masked needs the weights: call update(gradients, state, params).")
-        alive = masks_of(params, state.masks)
-        steps, inner_state = inner.update(
-            apply_masks(updates, state.masks), state.inner, apply_masks(params, state.masks), **extra
-        )
+        alive = in_bits(masks_of(params, state.masks))
+        steps, inner_state = inner.update(apply_masks(updates, alive), state.inner, apply_masks(params, alive), **extra)
 
         def step(path: str, u: jax.Array, w: jax.Array) -> jax.Array:
             return jnp.where(alive[path], u, -w) if path in alive else u  # w + (-w) is 0
