@@ -46,7 +46,7 @@ VERSIONS = {
     "snapshot": 1,
 }
 # Of training methods that answer otherwise than at first; some do in one scope only.
-METHODS = {"static": 2, "set": 2, "rigl": 2, "gradual, erk": 2, "movement, erk": 2}
+METHODS = {"static": 3, "set": 3, "rigl": 3, "gradual, erk": 2, "movement, erk": 2}
 KEY_LENGTH = 20
 
 

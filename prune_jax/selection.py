@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from prune_jax.draws import Draws, places
+
 Leaves = Sequence[jax.Array]
+Values = Sequence[jax.Array | Draws]
 Tiers = Sequence[jax.Array | None]
 
 TOP = jnp.iinfo(jnp.uint32).max
@@ -42,18 +45,25 @@ SMALL = 1 << 18  # leaves of fewer values are laid end to end, lest each costs a
 class Line:
     """Values that compete, their tiers, and whether they do so by their magnitudes."""
 
-    values: jax.Array
+    values: jax.Array | Draws
     tier: jax.Array | None
     magnitude: bool = False
 
-    def at(self, places: Callable[[jax.Array], jax.Array]) -> Line:
-        """The values at some places."""
-        return Line(places(self.values), None if self.tier is None else places(self.tier), self.magnitude)
+    def at(self, part: Callable[[jax.Array], jax.Array]) -> Line:
+        """A part of the values."""
+        values = self.values.part(part) if isinstance(self.values, Draws) else part(self.values)
+        return Line(values, None if self.tier is None else part(self.tier), self.magnitude)
 
     def sample(self, stride: int) -> Line:
         """One in so many of the values laid end to end, picked where they lie: shards stay where they are."""
-        places = jnp.unravel_index(jnp.arange(0, self.values.size, stride), self.values.shape)
-        return self.at(lambda a: a.at[places].get(mode="promise_in_bounds"))
+        picked = jnp.arange(0, self.values.size, stride)
+        where = jnp.unravel_index(picked, self.values.shape)
+
+        def some(a: jax.Array) -> jax.Array:
+            return a.at[where].get(mode="promise_in_bounds")
+
+        values = self.values.at(picked) if isinstance(self.values, Draws) else some(self.values)
+        return Line(values, None if self.tier is None else some(self.tier), self.magnitude)
 
     def page(self, start: jax.Array) -> Line:
         """The `PAGE` values from a position on."""
@@ -114,11 +124,11 @@ def _runs(sizes: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-def _tier(leaf: jax.Array, tier: jax.Array | None) -> jax.Array:
+def _tier(leaf: jax.Array | Draws, tier: jax.Array | None) -> jax.Array:
     return jnp.ones(leaf.shape, bool) if tier is None else tier
 
 
-def _join(leaves: Leaves, tiers: Tiers, magnitude: bool = False) -> Lines:
+def _join(leaves: Values, tiers: Tiers, magnitude: bool = False) -> Lines:
     """Large leaves as they are; small ones in lines of few different lengths, filled up with what never goes."""
     lines = []
     for run in _runs([leaf.size for leaf in leaves]):
@@ -130,10 +140,10 @@ def _join(leaves: Leaves, tiers: Tiers, magnitude: bool = False) -> Lines:
 
 
 @jax.jit
-def _joined(leaves: Leaves, tiers: Tiers) -> tuple[jax.Array, jax.Array]:
+def _joined(leaves: Values, tiers: Tiers) -> tuple[jax.Array, jax.Array]:
     size = sum(leaf.size for leaf in leaves)
     room = (0, max(PAGE, 1 << (size - 1).bit_length()) - size)
-    values = jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in leaves])
+    values = jnp.concatenate([jnp.ravel(leaf.astype(jnp.float32)) for leaf in leaves])
     known = jnp.concatenate([jnp.ravel(_tier(leaf, tier)) for leaf, tier in zip(leaves, tiers, strict=True)])
     return jnp.pad(values, room, constant_values=jnp.inf), jnp.pad(known, room, constant_values=2)  # True, in bools
 
@@ -330,14 +340,14 @@ def _end_of_ties(line: Line, key: jax.Array, ties: jax.Array) -> tuple[jax.Array
 
 
 def all_but_lowest(
-    leaves: Leaves, tiers: Tiers, k: jax.Array | int, *, magnitude: bool = False
+    leaves: Values, tiers: Tiers, k: jax.Array | int, *, magnitude: bool = False
 ) -> tuple[jax.Array, ...]:
     """Marks all values but the k lowest of all leaves together; of equal ones the first go.
 
     The same as `np.argsort(kind="stable")[:k]` over the leaves laid end to end, in about ten reads of memory.
 
     Args:
-        leaves: arrays of any shapes, finite; at most 2**31 - 1 values in all.
+        leaves: arrays of any shapes, finite, or `Draws`; at most 2**31 - 1 values in all.
         tiers: for each leaf None, or an array of its shape: 0 goes before every score, 1 goes by its score (so a bool
             array of what is alive will do) and, in integers, 2 goes after every score.
         k: how many go; may be traced. One compilation serves a whole schedule.
@@ -361,18 +371,10 @@ def _all_but_lowest(lines: Lines, k: jax.Array) -> list[jax.Array]:
         masks, ties = [], k - found.before
         for line in lines:
             end, ties = _end_of_ties(line, found.high, ties)
-            masks.append(~_at_most(line, jnp.where(_places(line) < end, found.high, found.high - 1)))
+            masks.append(~_at_most(line, jnp.where(places(line.values.shape) < end, found.high, found.high - 1)))
         return masks
 
     return lax.cond(found.within == k, lambda: [~_at_most(line, found.high) for line in lines], parted)
-
-
-def _places(line: Line) -> jax.Array:
-    """The position of each value if all are laid end to end."""
-    shape = line.values.shape
-    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    places = (lax.broadcasted_iota(jnp.int32, shape, axis) * step for axis, step in enumerate(steps))
-    return sum(places, start=jnp.int32(0))
 
 
 @partial(jax.jit, static_argnums=(2, 3))

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from prune_jax.allocation import Pool
+from prune_jax.draws import Draws
 from prune_jax.errors import UserMistake
 from prune_jax.masks import choose
 from prune_jax.schedules import Levels
@@ -23,8 +23,6 @@ from prune_jax.selection import all_but_lowest
 from prune_jax.sparse_training.changing import Changed, Now, changing, dense_masks, grown, once, table
 from prune_jax.sparse_training.entry import method
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
-
-PAGE, AT_ONCE = 4096, 16  # numbers are drawn in pages, so many pages at a time
 
 
 @method(
@@ -110,7 +108,7 @@ def sparse_evolution(
         inner,
         start=_random_start(sparsity, scope, key, prunable, exclude),
         due=_due(shares),
-        change=_move(shares, sparsity, scope, lambda g, key: _drawn(key, g.shape)),
+        change=_move(shares, sparsity, scope, lambda g, key: Draws.of(key, g.shape)),
         key=key,
     )
 
@@ -163,14 +161,6 @@ def rigl(
     )
 
 
-def _drawn(key: Any, shape: tuple[int, ...]) -> jax.Array:
-    """A number of 16 bits for each weight, page by page: JAX's generator needs five times the memory that it fills."""
-    size = math.prod(shape)
-    keys = jax.random.split(key, -(-size // PAGE))
-    pages = lax.map(lambda k: jax.random.bits(k, (PAGE,), jnp.uint16), keys, batch_size=AT_ONCE)
-    return jnp.ravel(pages)[:size].reshape(shape)
-
-
 Shares = dict[int, float]  # which share of the living moves at which step
 
 
@@ -195,8 +185,8 @@ def _random_start(
 
     def start(params: PyTree) -> PyTree:
         dense, first = dense_masks(params, prunable, exclude), jax.random.fold_in(key, 0x5EED)  # no step's key
-        places = {path: place for place, path in enumerate(leaves_by_path(dense))}
-        drawn = map_by_path(lambda path, mask: _drawn(jax.random.fold_in(first, places[path]), mask.shape), dense)
+        keys = {path: jax.random.fold_in(first, i) for i, path in enumerate(leaves_by_path(dense))}
+        drawn = map_by_path(lambda path, mask: Draws.of(keys[path], mask.shape).astype(jnp.float32), dense)
         return choose(drawn, _pools(dense, sparsity, scope))
 
     return start
@@ -209,7 +199,7 @@ def _pools(masks: PyTree, sparsity: float, scope: str) -> tuple[Pool, ...]:
 
 
 def _move(
-    shares: Shares, sparsity: float, scope: str, wish: Callable[[jax.Array, Any], jax.Array]
+    shares: Shares, sparsity: float, scope: str, wish: Callable[[jax.Array, Any], jax.Array | Draws]
 ) -> Callable[[Now], Changed]:
     """The change of masks: so many of each leaf's living die, as many grow whose |wish(g, key)| is the largest.
 

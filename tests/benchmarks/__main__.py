@@ -35,11 +35,8 @@ BOUNDS: dict[str, dict[str, float | None]] = {
     "training": {"* / *": 1.05, "*": None},
     "masked_step": {
         "*dense step / dense step": None,
-        "*gradual step that changes masks*": 2,
-        "*rigl step that changes masks*": 2,
-        "* that changes masks*": None,
-        "*gradual scratch*": 0.3,
-        "*scratch*": None,
+        "* that changes masks*": 2,
+        "*scratch*": 0.3,
         "*": 1.05,
     },
     "scoring": {
