@@ -12,7 +12,7 @@ import prune_jax as pj
 from prune_jax.allocation import allocate
 from prune_jax.errors import UserMistake
 from prune_jax.schedules import Levels, cubic
-from prune_jax.sparse_training.changing import table
+from prune_jax.sparse_training.changing import among, table
 from prune_jax.trees import leaves_by_path
 from tests.compiling import compilations
 from tests.sparse_steps import (
@@ -229,3 +229,11 @@ def test_scopes_that_a_step_does_not_know_are_refused():
     tx = pj.gradual(optax.sgd(0.1), schedule=pj.cubic(0.0, 0.5, begin=0, end=2), scope="lamp")
     with pytest.raises(UserMistake, match=r"scope 'lamp' is not possible inside a training step.*layer, erk"):
         tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "steps", [[5], [0, 1], [3, 5, 7, 9], [3, 5, 7, 8], [0, 4, 5, 6, 11], [2, 3, 9, 10], [10, 20, 30, 41, 52]]
+)
+def test_a_step_is_found_among_those_of_a_schedule(steps):
+    found = jax.vmap(lambda t: among(np.array(steps, np.int32), t))(jnp.arange(60))
+    assert np.flatnonzero(found).tolist() == steps

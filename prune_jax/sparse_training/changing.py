@@ -61,13 +61,22 @@ class Table(NamedTuple):
 
     def due(self, step: jax.Array) -> jax.Array:
         """Whether there is a change at `step`."""
-        return jnp.any(self.steps == step)
+        return among(self.steps, step)
 
     def pools(self, step: jax.Array) -> tuple[Pool, ...]:
         """The pools of the last change that is not after `step`."""
         row = jnp.maximum(jnp.sum(self.steps <= step, dtype=jnp.int32) - 1, 0)
         numbers = jnp.asarray(self.prune)[row]
         return tuple(Pool(paths, numbers[i]) for i, paths in enumerate(self.paths))
+
+
+def among(steps: np.ndarray, step: jax.Array) -> jax.Array:
+    """Whether `step` is one of some steps that rise; those that lie evenly from the first on are not looked up."""
+    gaps = np.diff(steps)
+    every = int(gaps[0]) if gaps.size else 1
+    even = 1 + int(np.argmax(np.append(gaps != every, True)))
+    on = ((step - steps[0]) % every == 0) & (step >= steps[0]) & (step <= steps[even - 1])
+    return on | jnp.any(steps[even:] == step) if even < steps.size else on
 
 
 def table(masks: PyTree, levels: Levels, scope: str, min_keep: int = 0) -> Table:

@@ -20,7 +20,7 @@ from prune_jax.errors import UserMistake
 from prune_jax.masks import choose
 from prune_jax.schedules import Levels
 from prune_jax.selection import all_but_lowest
-from prune_jax.sparse_training.changing import Changed, Now, changing, dense_masks, grown, once, table
+from prune_jax.sparse_training.changing import Changed, Now, among, changing, dense_masks, grown, once, table
 from prune_jax.sparse_training.entry import method
 from prune_jax.trees import PyTree, leaves_by_path, map_by_path
 
@@ -174,7 +174,7 @@ def _shares(every: int, end: int, drop: float, falling: bool) -> Shares:
 
 def _due(shares: Shares) -> Callable[[PyTree, jax.Array], jax.Array]:
     steps = np.array(list(shares), np.int32)
-    return lambda masks, step: jnp.any(steps == step)
+    return lambda masks, step: among(steps, step)
 
 
 def _random_start(
