@@ -14,6 +14,14 @@ from prune_jax.flows import clusters
 
 from prune_jax.errors import UserMistake
 
+# What Dask's own dashboard shows, which is off here, wakes every process a hundred times a second.
+QUIET = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.admin.system-monitor.disk": False,
+}
+
 
 @contextmanager
 def connected(address: str) -> Iterator[clusters.Cluster]:
@@ -47,7 +55,7 @@ def _processes(stack: ExitStack, count: int) -> LocalCluster:
     environ = {
         variable: value for variable, value in dask.config.get(name).items() if variable != "MALLOC_TRIM_THRESHOLD_"
     }
-    stack.enter_context(dask.config.set({name: environ}))
+    stack.enter_context(dask.config.set({name: environ, **QUIET}))
     cluster = LocalCluster(
         n_workers=count,
         threads_per_worker=1,

@@ -21,14 +21,18 @@ from prefect.tasks import MaterializingTask
 from prune_jax.flows.assets import describe
 
 from prune_jax.checkpoints import Store
+from prune_jax.compiled import keep
 from prune_jax.errors import PruneError
 from prune_jax.progress import Progress, Report, listeners
 from prune_jax.recipe import StageCall, StageResult
 from prune_jax.registry import without_plugins
 from prune_jax.stages import run_stage
 
+keep()  # a worker imports this before it compiles anything
+
 RETRY_DELAYS = [5, 30, 120]  # seconds; the last for all further tries
 AWAY = 60  # seconds without a progress bar once the server did not answer
+RARE = 99  # telling Prefect takes one part in so many of a stage's time, for the training waits for it
 PAGE, PAGES = 200, 50  # concurrency limits that are asked for at a time, as many as a server answers, and how often
 
 
@@ -117,20 +121,19 @@ def _to_all(*reports: Report) -> Report:
 
 
 def _progress_artifact() -> Report:
-    """A progress bar in the UI for stages of more than a second, moved at most once a second.
+    """A progress bar in the UI for stages of more than a second, moved every few seconds.
 
     It waits for nothing: with the server away the stage goes on, and the bar is tried again a minute later.
     """
     artifact: UUID | None = None
-    last = time.perf_counter()
+    due = time.perf_counter() + 1
 
     def report(progress: Progress) -> None:
-        nonlocal artifact, last
-        now = time.perf_counter()
+        nonlocal artifact, due
+        begun = time.perf_counter()
         finished = progress.done >= progress.total
-        if now - last < 1 and not (finished and artifact):
+        if begun < due and not (finished and artifact):
             return
-        last = now
         percent = 100 * progress.done / max(progress.total, 1)
         try:
             with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
@@ -139,6 +142,9 @@ def _progress_artifact() -> Report:
                 else:
                     update_progress_artifact(artifact_id=artifact, progress=percent)
         except HTTPError:
-            last = now + AWAY
+            due = begun + AWAY
+        else:
+            took = time.perf_counter() - begun
+            due = begun + max(1, RARE * took)
 
     return report

@@ -32,7 +32,7 @@ from etils import epath
 from prune_jax.archives import check_unpacked
 from prune_jax.disks import GOES_ON, told
 from prune_jax.errors import DamagedArtifactError, StoreError, UserMistake, did_you_mean, shortened
-from prune_jax.files import copy_file, files_below, locked, replace, sha256, sync, sync_all
+from prune_jax.files import copy_file, files_below, locked, replace, sha256, sync, sync_all, user_cache
 from prune_jax.hosts import group
 from prune_jax.recipe import Ref, check_run_name, digest, is_run_name, printable, why_no_record
 from prune_jax.trees import leaves_by_path, nest
@@ -90,7 +90,7 @@ class Store:
         if is_file:
             raise UserMistake(f"{self.root} is a file; a store is a folder. Give another one with --store.")
         # Locks and step checkpoints lie on a disk: in the store, or where this machine keeps them for one on a URL.
-        self.near = Path(self.root) if self.local else _cache() / digest(str(self.root))[:20]
+        self.near = Path(self.root) if self.local else user_cache() / digest(str(self.root))[:20]
         self.there = there or (self.local and self.format is not None)
         if there:
             self.expect()
@@ -531,10 +531,6 @@ def _reach(root: epath.Path) -> None:
             f"store = {str(root)!r}: cannot be reached ({type(error).__name__}: {error}). Check its name, the network "
             "and this user's credentials"
         ) from error
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prune_jax"
 
 
 def write_anew(path: epath.Path, data: bytes) -> None:

@@ -42,6 +42,11 @@ def copy_file(source: epath.Path, target: epath.Path) -> None:
         shutil.copyfileobj(reading, writing)  # type: ignore[misc]
 
 
+def user_cache() -> Path:
+    """The folder for what this user can do without: `~/.cache/prune_jax`, or below `XDG_CACHE_HOME`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prune_jax"
+
+
 def locked(path: Path, *, wait: bool = True) -> IO[str] | None:
     """The file, locked until it is closed; None where another holds it and we do not wait."""
     import fcntl

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_jax.checkpoints import Store, versions
+from prune_jax.compiled import keep
 from prune_jax.errors import PruneError, UserMistake
 from prune_jax.hosts import Group, Place, join, place
 from prune_jax.meshes import check_devices, check_share
@@ -166,6 +167,7 @@ def _run(
     if runner.partition("=")[0] not in CLUSTERS:
         check_runner(runner, *(f"{kind}=ADDRESS" for kind in CLUSTERS))
     if where is None:
+        keep()
         return _carry_out(wanted, store, name, runner)
     if runner not in RUNNERS:
         raise UserMistake(f"runner = {runner!r}: over hosts stages run on host 0; choose {' or '.join(RUNNERS)}")

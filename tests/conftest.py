@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="prefect-home-"))
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what one test compiled is not in another's count
 os.environ["PREFECT_UI_URL"] = ""  # nobody looks: runs draw no reports
 
 import jax
