@@ -87,6 +87,9 @@ def _swept(root: Path, kind: str, workers: int, place: int) -> float:
     script = root / "run.py"
     script.write_text(RUN)
     env = {**os.environ, "PREFECT_HOME": str(root / "prefect"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+    env["XDG_CACHE_HOME"] = str(
+        root / f"cache-{kind}-{workers}-{place}"
+    )  # else the second finds what the first compiled
     env[RUNS] = str(max(1, int(usable_cpus()) // workers))  # a core for each worker, whether there is one or two
     command = [sys.executable, script, kind, root / f"{kind}-{workers}-{place}", f"dask=local:{workers}"]
     done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
