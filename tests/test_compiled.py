@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import pytest
 from prune_jax import compiled
 
 COMPILES = """
-import json, sys, jax, jax.numpy as jnp
+import json, os, sys, jax, jax.numpy as jnp
+if "HOST" in os.environ:
+    jax.distributed.initialize(os.environ["HOST"], 1, 0, coordinator_bind_address=os.environ["HOST"])
 from prune_jax.compiled import keep
 heard = []
 jax.monitoring.register_event_listener(lambda event, **_: heard.append(event))
@@ -48,6 +51,14 @@ def test_nothing_is_kept_where_the_user_chose(tmp_path):
     assert compiles(tmp_path, JAX_COMPILATION_CACHE_DIR=str(theirs))[0] == "None"
     assert list(theirs.iterdir())
     assert compiles(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")[0] == "None"
+    assert not (tmp_path / "prune_jax").exists()
+
+
+def test_nothing_is_kept_over_hosts(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+    assert compiles(tmp_path, HOST=host)[0] == "None"
     assert not (tmp_path / "prune_jax").exists()
 
 

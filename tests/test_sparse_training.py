@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prune_jax.errors import UserMistake
 from prune_jax.masks import apply_masks
@@ -157,7 +158,16 @@ def test_masks_by_way_of_bits_are_the_same(shape):
     np.testing.assert_array_equal(jax.jit(in_bits)({"w": mask})["w"], mask)
 
 
-def test_large_masks_are_read_as_bits_on_processors():
+@pytest.mark.parametrize("axes", [("part", None), (None, "part")], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(256, 300), (264, 300)], ids=["shards of eights", "shards across eights"])
+def test_sharded_masks_by_way_of_bits_are_the_same(shape, axes):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("part",))
+    mask = jax.random.bernoulli(jax.random.key(0), 0.3, shape)
+    sharded = jax.device_put(mask, NamedSharding(mesh, PartitionSpec(*axes)))
+    np.testing.assert_array_equal(jax.jit(in_bits)(sharded), mask)
+
+
+def test_large_masks_are_read_as_bits_on_cpus():
     mask = jnp.ones((256, 300), bool)
     assert "ui8" in jax.jit(in_bits).lower(mask).as_text()
     assert "ui8" not in jax.jit(in_bits).trace(mask).lower(lowering_platforms=("cuda",)).as_text()

@@ -12,7 +12,7 @@ SMALL = 1 << 16  # a mask of fewer bytes stays in the caches anyway
 
 
 def in_bits(masks: PyTree) -> PyTree:
-    """`masks` again, on processors by way of bits: an optimizer's kernels then read an eighth of the bytes each.
+    """`masks` again, on CPUs by way of bits: an optimizer's kernels then read an eighth of the bytes each.
 
     A step reads every mask once for each moment and once for the weights, as XLA makes a loop over memory of each. On
     accelerators it makes one loop of all, which reads the mask but once.

@@ -130,7 +130,8 @@ def changing(
         inner: any optimizer.
         start: parameters -> masks.
         due: (masks, step) -> whether masks change; steps count from 0.
-        change: what masks and gradients become; by `once`, so that they stay as they are unless `Now.due`.
+        change: what masks and gradients become; by `once`, or of masks that are no longer read when the new ones are
+            made, by `lax.cond`: so they stay as they are, and where they are, unless `Now.due`.
         key: what random numbers are drawn from.
 
     Returns:
@@ -173,7 +174,11 @@ def grown(masks: PyTree, before: PyTree, gradients: PyTree) -> PyTree:
 
 
 def once(due: jax.Array, turn: Callable[[T], T], value: T) -> T:
-    """`turn(value)` if it is due, else `value`, in place: `lax.cond` copies what it hands through, a loop does not."""
+    """`turn(value)` if it is due, else `value`, in place.
+
+    `lax.cond` copies what it hands through where the turn reads the old beside the new; a loop does not, but costs 4 %
+    of a step itself.
+    """
     return lax.while_loop(lambda state: state[0], lambda state: (jnp.zeros((), bool), turn(state[1])), (due, value))[1]
 
 
